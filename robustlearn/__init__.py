@@ -1,0 +1,55 @@
+"""Adversarial robustness with two-sided numbers: certified ≤ true ≤ attacked.
+
+Names are loaded on first use, so that ``import robustlearn`` (and ``robustlearn --help``)
+does not wait for torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from robustlearn.certify import Certificate, certify
+    from robustlearn.errors import InputError
+    from robustlearn.evaluate import Report, evaluate
+    from robustlearn.models import Model, wrap
+    from robustlearn.threats import LpBall
+
+__all__ = [
+    "Certificate",
+    "InputError",
+    "LpBall",
+    "Model",
+    "Report",
+    "certify",
+    "evaluate",
+    "wrap",
+]
+
+_HOME = {
+    "Certificate": "certify",
+    "InputError": "errors",
+    "LpBall": "threats",
+    "Model": "models",
+    "Report": "evaluate",
+    "certify": "certify",
+    "evaluate": "evaluate",
+    "wrap": "models",
+}
+_MODULES = ("attacks", "data", "losses", "models", "threats")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"robustlearn.{_HOME[name]}"), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"robustlearn.{name}")
+    else:
+        raise AttributeError(f"module 'robustlearn' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})

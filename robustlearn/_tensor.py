@@ -1,0 +1,138 @@
+"""Batches of anything as tensors, row-wise helpers, and one random stream per sample."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robustlearn.errors import InputError
+
+GOLDEN = -7046029254386353131  # 2⁶⁴/φ as a signed integer: the increment of splitmix64
+
+
+def as_tensor(values: Any, name: str = "x") -> Tensor:
+    """Array, tensor, data frame or nested list as a detached tensor of numbers."""
+    if isinstance(values, Tensor):
+        return values.detach()
+    array = values.to_numpy() if hasattr(values, "to_numpy") else np.asarray(values)
+    if array.dtype.kind not in "biuf":
+        raise InputError(
+            f"{name} must hold numbers, but its type is {array.dtype}; "
+            "encode text and categories as numbers first"
+        )
+    array = np.array(array, copy=True)  # owned and writable: torch warns about read-only memory
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+
+
+def flat(x: Tensor) -> Tensor:
+    """View a batch as (n, d)."""
+    return x.reshape(len(x), -1)
+
+
+def per_sample(values: Tensor | float, like: Tensor) -> Tensor:
+    """Shape a number, or one number per sample, so that it broadcasts against ``like``."""
+    column = torch.as_tensor(values, dtype=like.dtype, device=like.device)
+    return column.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def level(weight: Tensor, cap: Tensor, target: Tensor, sweeps: int = 12) -> Tensor:
+    """Solve Σⱼ weightⱼ·min(t, capⱼ) = target for t ≥ 0, row by row.
+
+    The left side is concave, increasing and piecewise linear in t, so Newton's method from
+    below climbs to the solution without overshooting and ends on it exactly. A few O(d)
+    sweeps settle most rows; one sort settles the rest, hence O(d log d) at worst.
+
+    Parameters
+    ----------
+    weight, cap : (n, d), non-negative; ``cap`` may be infinite.
+    target : (n,), non-negative.
+    sweeps : Newton steps before the sort.
+
+    Returns
+    -------
+    (n,) the level t; infinite where the left side stays below the target.
+    """
+    t = torch.where(target > 0, target / weight.sum(1), 0)
+    for _ in range(sweeps):
+        capped = cap <= t[:, None]
+        settled = torch.where(capped, weight * cap, 0).sum(1)
+        free = torch.where(capped, 0, weight).sum(1)
+        out_of_reach = torch.where(settled < target, torch.inf, t)
+        risen = torch.where(free > 0, (target - settled) / free, out_of_reach).maximum(t)
+        if torch.equal(risen, t):
+            return t
+        t = risen
+    return _level_by_sorting(weight, cap, target)
+
+
+def _level_by_sorting(weight: Tensor, cap: Tensor, target: Tensor) -> Tensor:
+    """Solve as `level` does: the left side at every cap from prefix sums, then one segment."""
+    cap, order = cap.sort(1)
+    weight = weight.gather(1, order)
+    part = torch.where(cap.isinf(), 0, weight * cap)
+    settled = part.cumsum(1) - part  # value of the coordinates that are capped earlier
+    free = weight.flip(1).cumsum(1).flip(1)  # slope of those that are not
+    at_cap = torch.where(free > 0, settled + cap * free, settled)
+    enough, k = (at_cap >= target[:, None]).max(1, keepdim=True)  # the first segment to reach it
+    t = (target[:, None] - settled.gather(1, k)) / free.gather(1, k)
+    t = torch.where(enough, t, torch.inf).squeeze(1)
+    return torch.where(target > 0, t, 0)
+
+
+def keys(generator: torch.Generator | Tensor | int | None, like: Tensor) -> Tensor:
+    """One random key per sample: what makes a result independent of its neighbours.
+
+    ``generator`` is a torch generator (independent keys are drawn from it), a number (the
+    same key for every sample), a tensor with one key per sample, or None (torch's global
+    generator). Random numbers made from keys by `uniform` and `normal` do not depend on the
+    batch that a sample travels in, nor on the device.
+    """
+    n = len(like)
+    if isinstance(generator, Tensor):
+        if generator.shape != (n,) or generator.dtype != torch.int64:
+            raise InputError(
+                f"one int64 key per sample was expected, shape ({n},); "
+                f"got {generator.dtype} of shape {tuple(generator.shape)}"
+            )
+        return generator.to(like.device)
+    if isinstance(generator, int):
+        if not -(2**63) <= generator < 2**63:
+            raise InputError(f"a seed must fit into 64 bits; got {generator}")
+        return torch.full((n,), generator, dtype=torch.int64, device=like.device)
+    device = generator.device if generator is not None else torch.device("cpu")
+    drawn = torch.randint(-(2**63), 2**63 - 1, (n,), generator=generator, device=device)
+    return drawn.to(like.device)
+
+
+def fold(keys: Tensor, number: int | Tensor) -> Tensor:
+    """Mix a number, or one number per sample, into the keys: new, unrelated keys."""
+    number = torch.as_tensor(number, dtype=torch.int64, device=keys.device)
+    return _mix(_mix(keys) + (number + 1) * GOLDEN)
+
+
+def uniform(keys: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Independent uniform numbers in [0, 1), shape (n, *shape), by splitmix64 in counter mode."""
+    count = int(np.prod(shape, dtype=np.int64))
+    counter = torch.arange(1, count + 1, dtype=torch.int64, device=keys.device)
+    bits = _mix(_mix(keys)[:, None] + counter * GOLDEN)
+    digits = 53 if dtype == torch.float64 else 24
+    return (_shift(bits, 64 - digits).to(dtype) * 2.0**-digits).reshape(len(keys), *shape)
+
+
+def normal(keys: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Independent standard normal numbers, shape (n, *shape), by Box and Muller's transform."""
+    radius = torch.sqrt(-2 * torch.log1p(-uniform(fold(keys, 0), shape, dtype)))
+    return radius * torch.cos(2 * torch.pi * uniform(fold(keys, 1), shape, dtype))
+
+
+def _shift(bits: Tensor, by: int) -> Tensor:
+    """Shift right, filling with zeros (torch fills with the sign)."""
+    return (bits >> by) & ((1 << (64 - by)) - 1)
+
+
+def _mix(bits: Tensor) -> Tensor:
+    """Finalise as splitmix64 does (Steele, Lea and Flood, 2014); integers wrap at 2⁶⁴."""
+    bits = (bits ^ _shift(bits, 30)) * -4658895280553007687
+    bits = (bits ^ _shift(bits, 27)) * -7723592293110705685
+    return bits ^ _shift(bits, 31)
