@@ -154,7 +154,7 @@ def targeted_dlr(logits: Tensor, y: Tensor) -> Tensor:
     """
     gap, z = _gap(logits, y)
     if z.shape[1] < 4:
-        return _scaled_margin(z, y)
+        return scaled_margin(z, y)
     top = z.topk(4, dim=1).values
     spread = top[:, 0] - (top[:, 2] + top[:, 3]) / 2
     return gap / spread.clamp_min(torch.finfo(z.dtype).tiny)
