@@ -1,0 +1,260 @@
+"""What every wrapped model promises: logits or predictions, counted, and no trace left behind."""
+
+import contextlib
+import random
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robustlearn.errors import InputError, ModelError
+
+Task = Literal["classification", "regression"]
+Output = Literal["auto", "logits", "probabilities"]
+Objective = Callable[[Tensor, Tensor], Tensor]
+
+
+class Model(ABC):
+    """A classifier as ``(n, *shape) -> (n, K)`` logits, or a regressor as ``-> (n,)``.
+
+    A classifier with one logit z becomes two columns (0, z); probabilities become logits. After
+    any call the wrapped object, its gradients and every global random state are as before, and
+    the input is untouched.
+
+    Attributes
+    ----------
+    task : ``"classification"``, ``"regression"``, or None while that is open.
+    classes : labels in the order of the columns, or None for 0 … K−1.
+    num_classes : K, or None while unknown.
+    differentiable : whether `gradient` works.
+    device, dtype : where and in which type the model computes.
+    forwards, backwards : samples sent through so far.
+    notes : what was noticed about the model and should be told.
+    """
+
+    differentiable = False
+    device = torch.device("cpu")
+    dtype = torch.float64
+
+    def __init__(
+        self,
+        source: Any,
+        *,
+        task: Task | None = None,
+        classes: np.ndarray | None = None,
+        num_classes: int | None = None,
+        output: Output = "auto",
+    ) -> None:
+        if task not in (None, "classification", "regression"):
+            raise InputError(f"task must be 'classification' or 'regression'; got {task!r}")
+        if output not in ("auto", "logits", "probabilities"):
+            raise InputError(f"output must be auto, logits or probabilities; got {output!r}")
+        self.source, self.task, self.classes = source, task, classes
+        self.num_classes = len(classes) if classes is not None else num_classes
+        self.forwards = self.backwards = 0
+        self.notes: list[str] = []
+        self._probabilities = {"auto": None, "logits": False, "probabilities": True}[output]
+        self._open = False
+
+    @abstractmethod
+    def _forward(self, x: Tensor) -> Any:
+        """Return the raw output of the wrapped object."""
+
+    @property
+    def name(self) -> str:
+        """What to call the model in a report."""
+        named = getattr(self.source, "__name__", None)
+        return str(named or type(self.source).__name__)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return logits (n, K), or predictions (n,) of a regressor."""
+        output = self.raw(x)
+        if output.dim() == 2 and output.shape[1] >= 2:
+            return self._logits(output)
+        column = output.reshape(len(x))
+        if self.task is None:
+            raise InputError(
+                "the model has one output: say wrap(model, task='regression'), or "
+                "task='classification' if it is the logit of class 1 against class 0"
+            )
+        return column if self.task == "regression" else self._logits(column)
+
+    def raw(self, x: Tensor) -> Tensor:
+        """Return the output as the model gives it, checked and counted: (n,), (n, 1) or (n, K)."""
+        with self.session():
+            try:
+                output = self._forward(x)
+            except (InputError, MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                if "out of memory" in str(error).lower():
+                    raise
+                raise ModelError(
+                    f"{self.name} failed on a batch of shape {tuple(x.shape)} and type "
+                    f"{x.dtype}: {type(error).__name__}: {error}. Is that the shape of input "
+                    "it expects?"
+                ) from error
+        self.forwards += len(x)
+        return self._checked(output, x)
+
+    def gradient(self, x: Tensor, y: Tensor, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+        """One forward and one backward pass: ∂ Σ objective(model(x), y) / ∂x.
+
+        Returns
+        -------
+        gradient (n, *shape), objective (n,), output (n, K) or (n,); all detached. Gradients of
+        the parameters are not computed. A gradient that is NaN counts as zero.
+
+        Raises
+        ------
+        InputError for a model that cannot be differentiated.
+        """
+        if not self.differentiable:
+            raise InputError(f"{self.name} is a black box: it has no gradient")
+        with self.session(), torch.enable_grad():
+            point = x.detach().requires_grad_()
+            output = self(point)
+            value = objective(output, y)
+            if not value.requires_grad:
+                raise ModelError(
+                    f"no gradient flows from the output of {self.name} to its input (is the input "
+                    "detached, rounded or turned into numpy on the way?); wrap it as a black box, "
+                    "wrap(lambda x: model(x)), to attack it without gradients"
+                )
+            (gradient,) = torch.autograd.grad(value.sum(), point, allow_unused=True)
+        self.backwards += len(x)
+        if gradient is None:
+            gradient = torch.zeros_like(x)
+        return gradient.nan_to_num(0.0), value.detach(), output.detach()
+
+    def affine(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
+        """Return (W, b) in float64 with output = W·flat(x) + b exactly, or None.
+
+        W is (K, d) for the logits of a classifier, (1, d) for a regressor.
+        """
+        return None
+
+    def settle(self, x: Tensor, y: Any) -> None:
+        """Decide from the labels what a single output means, if that is open."""
+        if self.task is not None:
+            return
+        output = self.raw(x[:1])
+        labels = torch.as_tensor(y) if not isinstance(y, Tensor) else y
+        whole = not labels.is_floating_point() or bool((labels == labels.round()).all())
+        if output.dim() == 2 and output.shape[1] >= 2:
+            self.task = "classification"
+        elif not whole:
+            self.task = "regression"
+        elif bool(((labels == 0) | (labels == 1)).all()):
+            self.task = "classification"
+        else:
+            raise InputError(
+                "the model has one output and the labels are whole numbers other than 0 and 1: "
+                "say wrap(model, task='regression') if they are targets to predict"
+            )
+
+    # ------------------------------------------------------------------ leaving no trace
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        """Hold the model ready for evaluation, and put everything back at the end. Nests."""
+        if self._open:
+            yield
+            return
+        self._open = True
+        with contextlib.ExitStack() as stack:
+            stack.callback(setattr, self, "_open", False)
+            stack.enter_context(global_random_state())
+            stack.enter_context(self._prepared())
+            yield
+
+    def _prepared(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    # ------------------------------------------------------------------ outputs
+
+    def note(self, text: str) -> None:
+        """Keep what was noticed for the report, and warn once."""
+        if text not in self.notes:
+            self.notes.append(text)
+            warnings.warn(text, UserWarning, stacklevel=2)
+
+    def _checked(self, output: Any, x: Tensor) -> Tensor:
+        output = getattr(output, "logits", output)  # transformers wrap theirs
+        if not isinstance(output, Tensor):
+            try:
+                output = torch.as_tensor(np.asarray(output), device=x.device)
+            except (TypeError, ValueError):
+                raise ModelError(
+                    f"{self.name} returned a {type(output).__name__}, not an array of outputs"
+                ) from None
+        if output.dim() not in (1, 2) or len(output) != len(x) or output.numel() == 0:
+            raise ModelError(
+                f"{self.name} returned shape {tuple(output.shape)} for {len(x)} samples; expected "
+                f"({len(x)}, classes) logits or ({len(x)},) predictions"
+            )
+        if not output.is_floating_point() and not self._labels_allowed(output):
+            raise ModelError(
+                f"{self.name} returned {output.dtype}, not real numbers; if these are predicted "
+                "labels, say how many classes there are: wrap(model, num_classes=…)"
+            )
+        if self.num_classes is None and output.dim() == 2 and output.shape[1] >= 2:
+            self.num_classes = output.shape[1]
+        return output
+
+    def _labels_allowed(self, output: Tensor) -> bool:
+        return False
+
+    def _logits(self, output: Tensor) -> Tensor:
+        if self._probabilities is None:
+            self._probabilities = self._recognise(output.detach())
+        if self._probabilities:
+            tiny = torch.finfo(output.dtype).tiny
+            if output.dim() == 1:
+                output = output.clamp_min(tiny).log() - (1 - output).clamp_min(tiny).log()
+            else:
+                output = output.clamp_min(tiny).log()
+        if output.dim() == 1:
+            self.num_classes = 2
+            output = torch.stack([torch.zeros_like(output), output], 1)
+        return output
+
+    def _recognise(self, output: Tensor) -> bool | None:
+        """Tell probabilities from logits; None while too few single outputs were seen."""
+        if output.dim() == 1:
+            likely = bool(((output >= 0) & (output <= 1)).all())
+            decided = True if likely else False
+            if likely and len(output) < 16:
+                return None
+        else:
+            sums = (output.sum(1) - 1).abs().amax()
+            decided = bool((output >= 0).all()) and bool(sums < 1e-3)
+        if decided:
+            self.note(
+                f"{self.name} returns probabilities: their logarithms are used as logits, and "
+                "where they are saturated the gradient is lost; return logits if you can, or "
+                "say wrap(model, output='logits') if these are logits"
+            )
+        return decided
+
+
+@contextlib.contextmanager
+def global_random_state(seed: int = 0) -> Iterator[None]:
+    """Seed Python's, numpy's and torch's global generators inside, and restore them after."""
+    python, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    accelerator = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
+    devices = range(torch.accelerator.device_count()) if accelerator is not None else ()
+    kind = accelerator.type if accelerator is not None else "cpu"
+    with torch.random.fork_rng(devices=list(devices), device_type=kind):
+        try:
+            random.seed(seed)
+            np.random.seed(seed)  # noqa: NPY002
+            torch.manual_seed(seed)
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy_state)  # noqa: NPY002

@@ -1,0 +1,154 @@
+"""Torch modules as models: evaluated, differentiated by the input, and left as they were."""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustlearn.models.base import Model
+
+
+class Standardize(nn.Module):
+    """(x − shift) / divisor + offset, feature by feature, for (n, d) input."""
+
+    def __init__(self, shift: Any, divisor: Any, offset: Any) -> None:
+        super().__init__()
+        for name, value in (("shift", shift), ("divisor", divisor), ("offset", offset)):
+            self.register_buffer(name, torch.as_tensor(value, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale a batch."""
+        return (x - self.shift) / self.divisor + self.offset
+
+
+AFFINE = {
+    nn.Linear,
+    nn.Flatten,
+    nn.Unflatten,
+    nn.Identity,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.AvgPool1d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool1d,
+    nn.AdaptiveAvgPool2d,
+    Standardize,
+}
+
+
+class TorchModel(Model):
+    """A `torch.nn.Module` in evaluation mode.
+
+    A final softmax or sigmoid module is bypassed: its input is the logits.
+    """
+
+    differentiable = True
+
+    def __init__(self, module: nn.Module, source: Any = None, **options: Any) -> None:
+        super().__init__(module if source is None else source, **options)
+        self.module = module
+        self._head: nn.Module | None = None
+        heads = [m for m in module.modules() if isinstance(m, nn.Softmax | nn.Sigmoid)]
+        self._suspects = heads if self._probabilities is None else []
+        floats = [v for v in (*module.parameters(), *module.buffers()) if v.is_floating_point()]
+        self.device = floats[0].device if floats else torch.device("cpu")
+        self.dtype = floats[0].dtype if floats else torch.get_default_dtype()
+
+    def _forward(self, x: Tensor) -> Any:
+        if self._suspects:
+            self._find_head(x[:1])
+        # a copy: a module that works in place must not reach the caller's input
+        point = x.to(self.device, self.dtype, copy=True)
+        if self._head is None:
+            return self.module(point)
+        hook = self._head.register_forward_hook(lambda module, inputs, output: inputs[0])
+        try:
+            return self.module(point)
+        finally:
+            hook.remove()
+
+    def _find_head(self, x: Tensor) -> None:
+        """Look once for a softmax or sigmoid whose output is the network's."""
+        suspects, self._suspects = self._suspects, []
+        seen: dict[int, tuple[nn.Module, Tensor]] = {}
+
+        def remember(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            seen[id(output)] = (module, output)
+
+        hooks = [module.register_forward_hook(remember) for module in suspects]
+        try:
+            with torch.no_grad():
+                output = self.module(x.to(self.device, self.dtype, copy=True))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        head, _ = seen.get(id(output), (None, None))
+        if head is None:
+            return
+        single = output.dim() == 1 or output.shape[1] == 1
+        if isinstance(head, nn.Sigmoid) == single:
+            self._head, self._probabilities = head, False
+            self.note(
+                f"{self.name} ends in {type(head).__name__}: the logits before it are used "
+                "instead, because saturated probabilities hide the gradient"
+            )
+
+    @contextlib.contextmanager
+    def _prepared(self) -> Iterator[None]:
+        modes = [(module, module.training) for module in self.module.modules()]
+        learning = [p for p in self.module.parameters() if p.requires_grad]
+        try:
+            self.module.eval()
+            for parameter in learning:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in learning:
+                parameter.requires_grad_(True)
+            for module, training in modes:
+                module.training = training
+
+    def affine(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
+        """Return (W, b) of a chain of affine layers; W from autograd in float64."""
+        leaves = [leaf for leaf in _chain(self.module) if leaf is not self._head]
+        if not all(_is_affine(leaf) for leaf in leaves):
+            return None
+        chain = copy.deepcopy(nn.Sequential(*leaves)).to("cpu", torch.float64)
+        chain.eval().requires_grad_(False)
+        origin = torch.zeros(1, *shape, dtype=torch.float64)
+
+        def function(x: Tensor) -> Tensor:
+            output = chain(x).reshape(-1)
+            if self.task == "classification" and len(output) == 1:
+                return torch.cat([torch.zeros_like(output), output])
+            return output
+
+        weight = torch.autograd.functional.jacobian(function, origin)
+        return weight.reshape(len(weight), -1), function(origin)
+
+
+def _chain(module: nn.Module) -> list[nn.Module]:
+    """Return the layers of nested plain Sequentials in order."""
+    if type(module) is not nn.Sequential or _altered(module):
+        return [module]
+    return [leaf for child in module for leaf in _chain(child)]
+
+
+def _altered(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def _is_affine(leaf: nn.Module) -> bool:
+    """Tell a layer that is affine in evaluation mode, by its exact type."""
+    untracked = isinstance(leaf, nn.modules.batchnorm._BatchNorm) and leaf.running_mean is None
+    return type(leaf) in AFFINE and not untracked and not _altered(leaf)
