@@ -100,7 +100,7 @@ class LpBall:
             moved = torch.where(units > 0, moved / units, torch.where(moved > 0, torch.inf, 0))
         if frozen is not None:
             moved = torch.where(frozen & (moved > 0), torch.inf, moved)
-        return _row_norm(moved, self.p)
+        return row_norm(moved, self.p)
 
     def support(self, g: Tensor, x: Tensor | None = None) -> Tensor:
         """max ⟨g, δ⟩ over the set, per sample: ε‖scale·g‖_q where there is no wall.
@@ -118,16 +118,16 @@ class LpBall:
         -------
         (n,) in the dtype of ``g``; infinite nowhere.
         """
-        gain, eps = self._gain(g), self._eps(g)
-        room = self._room(g, x)
-        dual = _conjugate(self.p)
+        gain, eps = self.gain(g), self._eps(g)
+        room = self.room(g, x)
+        dual = conjugate(self.p)
         if room is None:
-            return eps * _row_norm(gain, dual)
+            return eps * row_norm(gain, dual)
         if math.isinf(self.p):
             return (gain * torch.minimum(eps[:, None], room)).sum(1)
         kept = torch.minimum(gain, self._price(gain, room, eps))
         walled = torch.where(gain > kept, room * (gain - kept), 0).sum(1)
-        return eps * _row_norm(kept, dual) + walled
+        return eps * row_norm(kept, dual) + walled
 
     def argmax(self, g: Tensor, x: Tensor | None = None) -> Tensor:
         """Return the δ of the set that attains max ⟨g, δ⟩; exact, O(d log d).
@@ -138,8 +138,8 @@ class LpBall:
         -------
         (n, *shape) in the dtype of ``g``.
         """
-        gain, eps = self._gain(g), self._eps(g)
-        room = self._room(g, x)
+        gain, eps = self.gain(g), self._eps(g)
+        room = self.room(g, x)
         if math.isinf(self.p):
             spent = eps[:, None] * (gain > 0)
             spent = spent if room is None else torch.minimum(spent, room)
@@ -222,7 +222,7 @@ class LpBall:
             raise InputError(f"sample knows p = 1, 2 and inf, not {self.p}")
         if not math.isinf(self.p):
             depth = _tensor.uniform(_tensor.fold(keys, 2), (), like.dtype) ** (1 / d)
-            size = _row_norm(flat(drawn).abs(), self.p).clamp_min(torch.finfo(like.dtype).tiny)
+            size = row_norm(flat(drawn).abs(), self.p).clamp_min(torch.finfo(like.dtype).tiny)
             drawn = drawn * per_sample(depth / size, like)
         units = self._units(like)
         stretched = flat(drawn) * self._eps(like)[:, None] * (1 if units is None else units)
@@ -364,12 +364,12 @@ class LpBall:
             fall, rise = fall.masked_fill(frozen, 0), rise.masked_fill(frozen, 0)
         return fall.to(like.dtype), rise.to(like.dtype)
 
-    def _gain(self, g: Tensor) -> Tensor:
+    def gain(self, g: Tensor) -> Tensor:
         """c = |g|·scale: what a unit of budget buys."""
         units = self._units(g)
         return flat(g).abs() if units is None else flat(g).abs() * units
 
-    def _room(self, g: Tensor, x: Tensor | None) -> Tensor | None:
+    def room(self, g: Tensor, x: Tensor | None) -> Tensor | None:
         """r: the distance to the wall that g points at, in units of scale."""
         walls, units = self._walls(g, x), self._units(g)
         if walls is None:
@@ -377,7 +377,7 @@ class LpBall:
         room = torch.where(flat(g) > 0, walls[1], -walls[0])
         return room if units is None else torch.where(units > 0, room / units, 0)
 
-    def _slope(self, gain: Tensor) -> Tensor:
+    def slope(self, gain: Tensor) -> Tensor:
         """c^(1/(p−1)), scaled by the largest entry so that it cannot overflow."""
         top = gain.amax(1, keepdim=True).clamp_min(torch.finfo(gain.dtype).tiny)
         return (gain / top) ** (1 / (self.p - 1))
@@ -390,9 +390,9 @@ class LpBall:
 
     def _filled(self, gain: Tensor, room: Tensor | None, eps: Tensor) -> Tensor:
         """Return the maximiser u for 1 < p < ∞."""
-        slope = self._slope(gain)
+        slope = self.slope(gain)
         if room is None:
-            share = (eps / _row_norm(slope, self.p))[:, None]
+            share = (eps / row_norm(slope, self.p))[:, None]
             return torch.where(gain > 0, slope * share, 0)
         wish = torch.where(slope > 0, self._level(slope, room, eps)[:, None] * slope, 0)
         return torch.minimum(wish, room)
@@ -405,7 +405,7 @@ class LpBall:
             k = (spent < eps[:, None]).sum(1, keepdim=True)
             price = by_gain.gather(1, k.clamp(max=gain.shape[1] - 1))
             return torch.where(k < gain.shape[1], price, 0)
-        t = self._level(self._slope(gain), room, eps)[:, None]
+        t = self._level(self.slope(gain), room, eps)[:, None]
         top = gain.amax(1, keepdim=True)
         price = top * (room / t) ** (self.p - 1)
         return torch.where(room.isinf() | price.isnan(), torch.inf, price)  # NaN: ε = 0
@@ -448,12 +448,12 @@ def _span(value: Any) -> str:
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
-def _conjugate(p: float) -> float:
+def conjugate(p: float) -> float:
     """q with 1/p + 1/q = 1."""
     return math.inf if p == 1 else 1.0 if math.isinf(p) else p / (p - 1)
 
 
-def _row_norm(magnitude: Tensor, p: float) -> Tensor:
+def row_norm(magnitude: Tensor, p: float) -> Tensor:
     """‖row‖_p of non-negative rows; powers of huge or tiny entries do not overflow or vanish."""
     if p == 1 or math.isinf(p):
         return torch.linalg.vector_norm(magnitude, p, dim=1)

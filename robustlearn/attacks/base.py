@@ -1,0 +1,71 @@
+"""The contract of an attack, and the registry of all."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from robustlearn.errors import InputError
+from robustlearn.models import Model, wrap
+from robustlearn.registry import Registry
+from robustlearn.threats import LpBall
+
+Attack = Callable[..., Tensor]
+Needs = Literal["gradient", "scores", "affine"]
+
+ATTACKS = Registry("attack")
+
+
+def attack(*, needs: Needs, norms: str = "any") -> Callable[[Attack], Attack]:
+    """File a function as an attack, and surround it with what every attack owes its caller.
+
+    Around the function the input is checked against the threat, the model is held ready and put
+    back afterwards, and autograd is off but for `Model.gradient`. The function itself takes
+    tensors on one device, keeps to mathematics, and returns points of the threat.
+
+    Parameters
+    ----------
+    needs : ``"gradient"``, ``"scores"`` (outputs only, so it takes black boxes too), or
+        ``"affine"`` (a model that is affine and says so).
+    norms : ``"any"``, or the p of the threats it takes, as in ``"1, 2, inf"``.
+    """
+
+    def decorate(function: Attack) -> Attack:
+        name = function.__name__
+
+        @functools.wraps(function)
+        def run(model: Any, x: Tensor, y: Tensor, threat: LpBall, **options: Any) -> Tensor:
+            model = wrap(model)
+            model.settle(x, y)
+            threat.check(x)
+            reason = unsuitable(name, model, threat, tuple(x.shape[1:]))
+            if reason is not None:
+                raise InputError(reason)
+            if model.task == "classification":
+                y = y.long()
+            if len(x) == 0:
+                return x.clone()
+            with model.session(), torch.no_grad():
+                return function(model, x.detach(), y, threat, **options)
+
+        ATTACKS.register(name, needs=needs, norms=norms)(run)
+        return run
+
+    return decorate
+
+
+def unsuitable(name: str, model: Model, threat: LpBall, shape: tuple[int, ...]) -> str | None:
+    """Say why an attack cannot run on this model and threat; None if it can."""
+    facts = ATTACKS[name].facts
+    if facts["needs"] == "gradient" and not model.differentiable:
+        return f"{name} needs gradients, and {model.name} is a black box"
+    if facts["needs"] == "affine" and model.affine(shape) is None:
+        return f"{name} needs a linear model, and {model.name} is not known to be one"
+    known = facts["norms"]
+    if known != "any" and threat.p not in {float(p) for p in known.split(",")}:
+        norm = "inf" if math.isinf(threat.p) else f"{threat.p:g}"
+        return f"{name} knows the norms {known}, not {norm}"
+    return None

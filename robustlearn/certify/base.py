@@ -1,0 +1,110 @@
+"""What a certificate says, and the registry of methods."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from robustlearn import _tensor
+from robustlearn.errors import InputError
+from robustlearn.models import Model, wrap
+from robustlearn.registry import Registry
+from robustlearn.threats import LpBall
+
+CERTIFICATES = Registry("certificate")
+
+
+@dataclass(frozen=True, eq=False)
+class Certificate:
+    """A proof about each of n samples, as float64 arrays of shape (n,).
+
+    Attributes
+    ----------
+    method : name of the method in `CERTIFICATES`.
+    exact : whether the bounds are attained: True for linear models, where ``radius`` is *the*
+        distance to the decision boundary.
+    radius : classifier: no point of the threat's norm, box, mask and scale at a smaller distance
+        changes the prediction (with y: makes it differ from y; 0 where it does already);
+        infinite where none in the box does. None for a regressor.
+    certified : classifier: whether the whole threat is proven harmless, with room for the
+        rounding of the model's own arithmetic. None for a regressor.
+    margin : classifier: lower bound on z_label − max_{j≠label} z_j over the threat.
+    lower, upper : regressor: bounds on the prediction over the threat.
+    loss : regressor with y: upper bound on the squared error over the threat.
+    """
+
+    method: str
+    exact: bool
+    radius: np.ndarray | None = None
+    certified: np.ndarray | None = None
+    margin: np.ndarray | None = None
+    lower: np.ndarray | None = None
+    upper: np.ndarray | None = None
+    loss: np.ndarray | None = None
+
+
+def applicable(model: Model, threat: LpBall, shape: tuple[int, ...]) -> list[str]:
+    """Return the methods that can say something about this model, the strongest first."""
+    return [
+        name for name, entry in CERTIFICATES.items() if entry.facts["applies"](model, threat, shape)
+    ]
+
+
+def certify(
+    model: Any, x: Any, threat: LpBall, *, y: Any = None, method: str = "auto"
+) -> Certificate:
+    """Prove how far each sample is safe.
+
+    Parameters
+    ----------
+    model : a `Model`, or anything that `robustlearn.wrap` takes.
+    x : (n, *shape) array, tensor or data frame.
+    threat : the set of changes; ``radius`` is measured in its norm and respects its box, mask
+        and scale, ``certified`` and ``margin`` are about its eps.
+    y : labels 0 … K−1 (targets of a regressor); by default the prediction is what must hold.
+    method : name in `CERTIFICATES`, or ``"auto"`` for the strongest that applies.
+
+    Raises
+    ------
+    InputError where no certificate applies, or x does not fit the threat.
+
+    Examples
+    --------
+    >>> import numpy as np, robustlearn as rl
+    >>> from sklearn.linear_model import RidgeClassifier
+    >>> ridge = RidgeClassifier().fit([[0.0, 0.0], [1.0, 1.0]], [0, 1])
+    >>> certificate = rl.certify(rl.wrap(ridge), [[1.0, 1.0]], rl.LpBall(2, 0.1))
+    >>> bool(certificate.exact), float(certificate.radius[0].round(4))
+    (True, 0.7071)
+    """
+    model = wrap(model)
+    points = _tensor.as_tensor(x)
+    _tensor.check_points(points)
+    points = points.to(model.device, model.dtype)
+    threat.check(points)
+    shape = tuple(points.shape[1:])
+    labels = None
+    if y is not None:
+        labels = _tensor.as_tensor(y, "y").to(model.device)
+        if len(labels) != len(points):
+            raise InputError(f"there are {len(labels)} labels for {len(points)} samples")
+        model.settle(points, labels)
+    names = applicable(model, threat, shape)
+    if method != "auto":
+        CERTIFICATES[method]  # an unknown name is told as such
+        names = [method] if method in names else []
+    if not names:
+        raise InputError(
+            f"no certificate applies to {model.name}: there are {', '.join(CERTIFICATES)}, for "
+            "linear models (an affine torch network, or a linear scikit-learn estimator behind "
+            "affine steps)"
+        )
+    result: Certificate = CERTIFICATES[names[0]].function(model, points, threat, labels)
+    return result
+
+
+def rows(tensor: Tensor) -> np.ndarray:
+    """Return a result as a numpy array in float64 (or bool)."""
+    array = tensor.detach().cpu().numpy()
+    return array if array.dtype == bool else array.astype(np.float64)
