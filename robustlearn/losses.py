@@ -29,6 +29,7 @@ class Loss:
         functools.update_wrapper(self, function)
         self.function, self.ascend, self._won = function, ascend, won
         self.name = function.__name__
+        self.task = "classification" if won is not None else "regression"
 
     def __call__(self, output: Tensor, y: Tensor) -> Tensor:
         """Return the loss of each sample, shape (n,)."""
@@ -184,9 +185,11 @@ def get(chosen: Any, task: str = "classification") -> Loss:
     if chosen is None:
         return squared_error if task == "regression" else margin
     if isinstance(chosen, Loss):
+        if chosen.task != task:
+            raise InputError(f"{chosen.name} is a loss for {chosen.task}, not for {task}")
         return chosen
     if callable(chosen):
         return Loss(chosen, ascend=True, won=misclassified if task == "classification" else None)
     if chosen not in LOSSES:
         raise InputError(f"there is no loss named {chosen!r}; there are: {', '.join(LOSSES)}")
-    return LOSSES[chosen]
+    return get(LOSSES[chosen], task)

@@ -100,3 +100,5 @@ def test_losses_by_name():
     assert plain.objective(torch.ones(1, 2), torch.tensor([0])).tolist() == [2.0]
     with pytest.raises(InputError, match="no loss named 'hinge'"):
         losses.get("hinge")
+    with pytest.raises(InputError, match="margin is a loss for classification, not for regression"):
+        losses.get("margin", "regression")

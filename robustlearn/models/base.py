@@ -160,6 +160,29 @@ class Model(ABC):
     # ------------------------------------------------------------------ leaving no trace
 
     @contextlib.contextmanager
+    def on(self, device: Any) -> Iterator[None]:
+        """Compute on another device for a while; ``"auto"`` is the accelerator, None no change."""
+        if device == "auto":
+            device = torch.accelerator.current_accelerator()
+        if device is None:
+            yield
+            return
+        try:
+            device = torch.device(device)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise InputError(f"the device {str(device)!r} cannot be used: {error}") from error
+        before = self.device
+        self._move(device)
+        try:
+            yield
+        finally:
+            self._move(before)
+
+    def _move(self, device: torch.device) -> None:
+        """Black boxes stay where they are."""
+
+    @contextlib.contextmanager
     def session(self) -> Iterator[None]:
         """Hold the model ready for evaluation, and put everything back at the end. Nests."""
         if self._open:
@@ -246,7 +269,7 @@ class Model(ABC):
 def global_random_state(seed: int = 0) -> Iterator[None]:
     """Seed Python's, numpy's and torch's global generators inside, and restore them after."""
     python, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-    accelerator = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
+    accelerator = torch.accelerator.current_accelerator()
     devices = range(torch.accelerator.device_count()) if accelerator is not None else ()
     kind = accelerator.type if accelerator is not None else "cpu"
     with torch.random.fork_rng(devices=list(devices), device_type=kind):

@@ -118,6 +118,10 @@ class TorchModel(Model):
             for module, training in modes:
                 module.training = training
 
+    def _move(self, device: torch.device) -> None:
+        self.module.to(device)
+        self.device = device
+
     def affine(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
         """Return (W, b) of a chain of affine layers; W from autograd in float64."""
         leaves = [leaf for leaf in _chain(self.module) if leaf is not self._head]

@@ -1,0 +1,152 @@
+"""Data sets to evaluate on: built in, or from a file, checked on the way in."""
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from robustlearn.errors import InputError
+
+BUILT_IN = ("breast_cancer", "diabetes", "digits", "iris", "wine")
+KEYS = (("x", "y"), ("X", "y"), ("x_test", "y_test"), ("X_test", "y_test"))
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Samples x (n, *shape) as floats with labels or targets y (n,), and what they are called."""
+
+    name: str
+    x: np.ndarray
+    y: np.ndarray
+    feature_names: tuple[str, ...] | None = None
+    class_names: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def take(self, index: Any) -> "Dataset":
+        """Return some of the samples."""
+        return Dataset(
+            self.name, self.x[index], self.y[index], self.feature_names, self.class_names
+        )
+
+
+def load(source: str | Path, *, target: str | None = None) -> Dataset:
+    """Load a built-in data set by name, an ``.npz`` file, or a ``.csv`` table.
+
+    Parameters
+    ----------
+    source : ``digits`` (1,797 images (1, 8, 8) in [0, 1]), ``breast_cancer``, ``wine``, ``iris``,
+        ``diabetes`` (regression), or a path. An ``.npz`` holds arrays ``x`` and ``y`` (or ``X``
+        and ``y``, or ``x_test`` and ``y_test``); it is never unpickled.
+    target : name of the target column of a ``.csv``.
+
+    Raises
+    ------
+    InputError for a missing or unreadable file, a missing column, text where numbers are needed,
+    or what `check` finds.
+
+    Examples
+    --------
+    >>> load("iris").x.shape
+    (150, 4)
+    """
+    if str(source) in BUILT_IN:
+        return _built_in(str(source))
+    path = Path(source)
+    if not path.is_file():
+        raise InputError(
+            f"there is no data file {str(source)!r}, and no built-in set of that name "
+            f"({', '.join(BUILT_IN)})"
+        )
+    suffix = "".join(path.suffixes[-2:]).lower()
+    if suffix.endswith(".npz"):
+        dataset = _from_npz(path)
+    elif suffix.endswith((".csv", ".csv.gz")):
+        dataset = _from_csv(path, target)
+    else:
+        raise InputError(f"{path.name}: expected a .npz, .csv or .csv.gz file")
+    check(dataset.x, dataset.y)
+    return dataset
+
+
+def check(x: np.ndarray, y: np.ndarray) -> None:
+    """Raise an InputError unless x and y are as many, not empty, and free of NaN and infinity."""
+    if x.ndim == 0 or len(x) == 0 or x.size == 0:
+        raise InputError(f"the data set is empty: x has shape {x.shape}")
+    if y.ndim == 2 and y.shape[0] == len(x) and y.shape[1] > 1:
+        raise InputError(
+            f"y has shape {y.shape}: give one label a sample, as in y.argmax(axis=1) for one-hot "
+            "labels"
+        )
+    if y.size != len(x):
+        raise InputError(f"x has {len(x)} samples, but y has shape {y.shape}")
+    for name, array in (("x", x), ("y", y)):
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            rows = np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(1))
+            raise InputError(
+                f"{name} holds NaN or infinity in {len(rows)} of {len(array)} samples (first: "
+                f"{rows[:5].tolist()}); drop or impute them"
+            )
+
+
+def _built_in(name: str) -> Dataset:
+    from sklearn import datasets
+
+    if name == "diabetes":
+        bunch = datasets.load_diabetes()
+        return Dataset(name, bunch.data, bunch.target, tuple(bunch.feature_names))
+    bunch = getattr(datasets, f"load_{name}")()
+    classes = tuple(str(c) for c in bunch.target_names)
+    if name == "digits":
+        return Dataset(name, bunch.images[:, None] / 16.0, bunch.target, None, classes)
+    return Dataset(name, bunch.data, bunch.target, tuple(map(str, bunch.feature_names)), classes)
+
+
+def _from_npz(path: Path) -> Dataset:
+    try:
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
+            pair = next((pair for pair in KEYS if set(pair) <= set(file.files)), None)
+            if pair is None:
+                raise InputError(
+                    f"{path.name} holds {', '.join(file.files) or 'nothing'}; expected arrays x "
+                    "and y (or X and y, or x_test and y_test)"
+                )
+            x, y = file[pair[0]], file[pair[1]]
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{path.name} cannot be read as plain arrays ({error}); object arrays are pickles, "
+            "which run code when loaded: save numbers with numpy.savez(path, x=…, y=…)"
+        ) from error
+    except (OSError, zipfile.BadZipFile, EOFError) as error:
+        raise InputError(f"{path.name} is not a readable .npz file: {error}") from error
+    return Dataset(path.stem, x, y.reshape(-1) if y.ndim == 2 and y.shape[1] == 1 else y)
+
+
+def _from_csv(path: Path, target: str | None) -> Dataset:
+    import pandas
+
+    try:
+        table = pandas.read_csv(path)
+    except (pandas.errors.ParserError, pandas.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise InputError(f"{path.name} is not a readable table: {error}") from error
+    columns = [str(c) for c in table.columns]
+    if target is None:
+        raise InputError(f"name the target column of {path.name}; it has {', '.join(columns)}")
+    if target not in columns:
+        raise InputError(f"{path.name} has no column {target!r}; it has {', '.join(columns)}")
+    features = table.drop(columns=target)
+    text = [str(c) for c in features.columns if features[c].dtype.kind not in "biuf"]
+    if text:
+        raise InputError(
+            f"{path.name}: the columns {', '.join(text)} hold text; encode them as numbers first"
+        )
+    y = table[target].to_numpy()
+    if y.dtype.kind not in "biuf":
+        y = y.astype(str)
+    names = tuple(c for c in columns if c != target)
+    return Dataset(path.stem, features.to_numpy(dtype=float), y, names)

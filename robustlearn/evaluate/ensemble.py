@@ -1,0 +1,513 @@
+"""`evaluate`: attacks in order of cost on what still stands, then both bounds per sample."""
+
+import datetime
+import hashlib
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import robustlearn
+from robustlearn import _tensor, losses
+from robustlearn._tensor import per_sample
+from robustlearn.attacks import ATTACKS, unsuitable
+from robustlearn.certify import Certificate, applicable
+from robustlearn.certify import certify as prove
+from robustlearn.errors import ContradictionError, InputError, ModelError
+from robustlearn.evaluate.harness import Harness, Progress, Tally, attacked
+from robustlearn.evaluate.results import AttackRun, Estimate, Report, Sample
+from robustlearn.evaluate.state import State
+from robustlearn.models import Model, wrap
+from robustlearn.threats import LpBall
+
+Step = tuple[str, dict[str, Any]]
+PRESETS: dict[str, tuple[Step, ...]] = {
+    "quick": (
+        ("linear_exact", {}),
+        ("fgsm", {}),
+        ("pgd", {"steps": 20}),
+        ("square", {"queries": 200}),
+    ),
+    "standard": (
+        ("linear_exact", {}),
+        ("fgsm", {}),
+        ("pgd", {"steps": 40}),
+        ("pgd", {"steps": 40, "loss": "cross_entropy"}),
+        ("pgd", {"steps": 40, "restarts": 10}),
+        ("square", {"queries": 1000}),
+    ),
+}
+SHRINKS = 8  # halvings of the segment from a sample to its adversarial example
+
+
+def plan(attacks: str | Sequence[Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    """Return [(label, name, options)] for a preset, a list of names, or (name, options) pairs.
+
+    In text, options follow the name: ``"fgsm,pgd:steps=100:restarts=3"``.
+    """
+    chosen: list[Step] = []
+    if isinstance(attacks, str) and attacks in PRESETS:
+        chosen = list(PRESETS[attacks])
+    else:
+        listed = attacks.split(",") if isinstance(attacks, str) else attacks
+        for item in listed:
+            chosen.append(_parse(item.strip()) if isinstance(item, str) else (item[0], item[1]))
+    if not chosen:
+        raise InputError("name at least one attack")
+    steps = []
+    for name, options in chosen:
+        if name not in ATTACKS:
+            presets = ", ".join(PRESETS)
+            raise InputError(
+                f"there is no attack named {name!r}; there are {', '.join(ATTACKS)}, and the "
+                f"presets {presets}"
+            )
+        label = ":".join([name, *(f"{key}={value}" for key, value in options.items())])
+        steps.append((label, name, options))
+    return steps
+
+
+def evaluate(
+    model: Any,
+    x: Any,
+    y: Any,
+    threat: LpBall,
+    *,
+    attacks: str | Sequence[Any] = "standard",
+    certify: str = "auto",
+    seed: int = 0,
+    batch_size: int = 256,
+    device: Any = None,
+    progress: Progress | None = None,
+    resume: str | Path | None = None,
+    data: str = "data",
+    classes: Sequence[str] | None = None,
+    feature_names: Sequence[str] | None = None,
+) -> Report:
+    """Bound the robustness of a model from both sides.
+
+    certified ≤ share of samples that no member of the threat breaks ≤ attacked (for a regressor:
+    attacked ≤ mean worst squared error ≤ certified).
+
+    Parameters
+    ----------
+    model : a `Model`, or anything that `robustlearn.wrap` takes.
+    x, y : samples (n, *shape) and labels or targets (n,): arrays, tensors or data frames. x is
+        taken to the dtype of the model first; distances are from there.
+    threat : what the adversary may do.
+    attacks : ``"quick"``, ``"standard"``, names, or (name, options) pairs; in this order, each
+        on the samples that still stand.
+    certify : ``"auto"``, a method, or ``"none"``.
+    seed : of the random starts. Results do not depend on the batch that a sample travels in.
+    batch_size : samples sent together; halved when the memory does not suffice.
+    device : ``"auto"`` for an accelerator if there is one, a torch device, or None for where
+        the model is. A torch module is moved back afterwards.
+    progress : called as ``progress(stage, done, total)``.
+    resume : folder in which finished batches and all adversarial points are kept; an evaluation
+        that was interrupted goes on from there.
+    data, classes, feature_names : what to call things in the report.
+
+    Returns
+    -------
+    A `Report`. Every success was measured again outside the attack, in a batch of another size,
+    and its distance and box were checked in float64.
+
+    Raises
+    ------
+    InputError for input that cannot be used; AttackError and ContradictionError for a fault of
+    an attack or a certificate.
+
+    Examples
+    --------
+    >>> import robustlearn as rl
+    >>> from sklearn.datasets import load_iris
+    >>> from sklearn.linear_model import LogisticRegression
+    >>> x, y = load_iris(return_X_y=True)
+    >>> report = rl.evaluate(LogisticRegression().fit(x, y), x, y, rl.LpBall(2, 0.3))
+    >>> report.certified.value == report.attacked.value < report.clean.value
+    True
+    """
+    model = wrap(model)
+    names = tuple(feature_names) if feature_names is not None else _columns(x)
+    points = _points(x, threat)
+    steps = plan(attacks)
+    with model.on(device):
+        points = points.to("cpu", model.dtype)
+        threat.check(points)
+        labels = _labels(model, points, y)
+        harness = Harness(
+            model, points, labels, threat, max(1, batch_size), seed, progress or _silent
+        )
+        return _Evaluation(harness, steps, certify, resume, explicit=attacks not in PRESETS).report(
+            data, classes, names
+        )
+
+
+class _Evaluation:
+    """What is known about every sample while the attacks run."""
+
+    def __init__(
+        self,
+        harness: Harness,
+        steps: list[tuple[str, str, dict[str, Any]]],
+        certify: str,
+        resume: str | Path | None,
+        explicit: bool,
+    ) -> None:
+        self.harness, self.steps, self.method = harness, steps, certify
+        self.model, self.threat = harness.model, harness.threat
+        self.x, self.y = harness.x, harness.y
+        self.explicit = explicit
+        self.notes: list[str] = []
+        clean = harness.outputs("clean", self.x)
+        self.clean = _finite(self.model, clean)
+        self.value = harness.loss(self.clean, self.y)  # margin, or squared error
+        self.worst = self.value.clone()
+        self.right = ~harness.loss.broken(self.clean, self.y)
+        self.x_adv = self.x.clone()
+        self.broken_by: list[str | None] = [None] * len(self.x)
+        self.standing = self.right.clone()
+        self.state = None
+        if resume is not None:
+            self.state = State(Path(resume), self._question(), self.clean.numpy())
+
+    def report(
+        self, data: str, classes: Sequence[str] | None, names: tuple[str, ...] | None
+    ) -> Report:
+        """Run everything and put it together."""
+        self._look_at_the_output()
+        certificate, about = self._certify()
+        usable = self._usable()
+        runs = [self._attack(*step, usable) for step in self.steps]
+        self._shrink()
+        self._check(certificate)
+        found, proven = self._totals(certificate)
+        if not any(run.attempted for run in runs) and bool(self.standing.any()):
+            self.notes.append(
+                "no attack ran on this model and threat: the attacked figure is only the clean one"
+            )
+        columns = self.model.classes
+        shown = [str(c) for c in (classes or columns)] if (classes or columns) is not None else None
+        return Report(
+            model=self.model.name,
+            data=data,
+            task=str(self.model.task),
+            threat={**self.threat.describe(), "text": str(self.threat)},
+            clean=self._estimate(self.right, self.value),
+            attacked=found,
+            certified=proven,
+            certificate=about,
+            samples=self._samples(certificate),
+            attacks=tuple(runs),
+            notes=tuple(dict.fromkeys([*self.model.notes, *self.notes])),
+            seed=self.harness.seed,
+            environment=_environment(self.model),
+            x=self.x.numpy(),
+            x_adv=self.x_adv.numpy(),
+            predictions=self._predictions(),
+            classes=None if shown is None else tuple(shown),
+            feature_names=names,
+        )
+
+    # ------------------------------------------------------------------ before the attacks
+
+    def _question(self) -> dict[str, Any]:
+        digest = hashlib.sha256(self.x.numpy().tobytes() + self.y.numpy().tobytes())
+        return {
+            "data": digest.hexdigest(),
+            "threat": self.threat.describe(),
+            "attacks": [label for label, _, _ in self.steps],
+            "seed": self.harness.seed,
+        }
+
+    def _look_at_the_output(self) -> None:
+        if len(self.x) > 1 and bool((self.clean == self.clean[:1]).all()):
+            self.notes.append("the model gives the same output for every sample")
+
+    def _certify(self) -> tuple[Certificate | None, dict[str, Any]]:
+        about: dict[str, Any] = {"method": None, "exact": None, "reason": None}
+        shape = tuple(self.x.shape[1:])
+        if self.method == "none":
+            about["reason"] = "not asked for"
+        elif self.method == "auto" and not applicable(self.model, self.threat, shape):
+            about["reason"] = f"no certificate applies to {self.model.name} yet"
+        else:
+            self.harness.progress("certificate", 0, len(self.x))
+            certificate = prove(
+                self.model, self.x, self.threat, y=self.y, method=self.method
+            )
+            self.harness.progress("certificate", len(self.x), len(self.x))
+            return certificate, about | {"method": certificate.method, "exact": certificate.exact}
+        return None, about
+
+    def _usable(self) -> str | None:
+        """Return why gradients cannot be used, after looking at a few."""
+        if not self.model.differentiable:
+            return None
+        some = self.right.nonzero().squeeze(1)[: min(64, self.harness.batch_size)]
+        if len(some) == 0:
+            return None
+        x, y = (t[some].to(self.model.device) for t in (self.x, self.y))
+        try:
+            gradient, _, _ = self.model.gradient(x, y, self.harness.loss.objective)
+        except ModelError as error:
+            self.notes.append(str(error))
+            return "no gradient flows through the model"
+        flat = int((gradient.reshape(len(x), -1).abs().amax(1) == 0).sum())
+        if flat:
+            self.notes.append(
+                f"the gradient is exactly zero for {flat} of {len(x)} samples looked at: it may "
+                "be masked (rounding, saturation, steps), and then attacks by gradient prove little"
+            )
+        return None
+
+    # ------------------------------------------------------------------ attacks
+
+    def _attack(self, label: str, name: str, options: dict[str, Any], broken: str | None) -> AttackRun:
+        reason = unsuitable(name, self.model, self.threat, tuple(self.x.shape[1:]))
+        if reason is None and broken is not None and ATTACKS[name].facts["needs"] == "gradient":
+            reason = broken
+        loss = losses.LOSSES.get(options.get("loss", ""))
+        if loss is not None and loss.task != self.model.task:
+            reason = f"{loss.name} is a loss for {loss.task}"
+        if reason is not None:
+            if self.explicit:
+                raise InputError(reason)
+            return AttackRun(label, skipped=reason)
+        rows = self.standing.nonzero().squeeze(1)
+        tally, before = Tally(), int(self.standing.sum())
+        if len(rows):
+            for batch, x_adv in attacked(
+                self.harness, label, ATTACKS[name].function, options, rows, self.state, tally
+            ):
+                self._keep(label, batch, x_adv, tally)
+        return AttackRun(
+            label,
+            attempted=len(rows),
+            broken=before - int(self.standing.sum()),
+            unstable=tally.unstable,
+            forwards=tally.forwards,
+            backwards=tally.backwards,
+            seconds=tally.seconds,
+        )
+
+    def _keep(self, label: str, rows: Tensor, x_adv: Tensor, tally: Tally) -> None:
+        value, broken, unstable = self.harness.measured(rows, x_adv)
+        tally.unstable += unstable
+        if self.model.task == "classification":
+            broken &= self.standing[rows]
+            better = broken | (value < self.worst[rows]) & ~(value < 0)
+            for row in rows[broken].tolist():
+                self.broken_by[row] = label
+            self.standing[rows[broken]] = False
+        else:
+            better = value > self.worst[rows]
+        self.worst[rows[better]] = value[better]
+        self.x_adv[rows[better]] = x_adv[better]
+
+    def _shrink(self) -> None:
+        """Bisect from each sample to its adversarial example for a nearer one.
+
+        Points between are members of a convex threat; every one that counts is measured twice.
+        """
+        if self.model.task != "classification":
+            return
+        rows = (self.right & ~self.standing).nonzero().squeeze(1)
+        if len(rows) == 0:
+            return
+        x, delta = self.x[rows], self.x_adv[rows] - self.x[rows]
+        threat = self.threat.select(rows)
+        low, high = torch.zeros(len(rows), dtype=x.dtype), torch.ones(len(rows), dtype=x.dtype)
+        for _ in range(SHRINKS):
+            middle = (low + high) / 2
+            point = threat.restrict(x, delta * per_sample(middle, x))
+            value, broken, _ = self.harness.measured(rows, point)
+            broken &= threat.contains(x, point)
+            self.x_adv[rows[broken]] = point[broken]
+            self.worst[rows[broken]] = torch.minimum(self.worst[rows], value)[broken]
+            low, high = torch.where(broken, low, middle), torch.where(broken, middle, high)
+
+    def _check(self, certificate: Certificate | None) -> None:
+        if certificate is None or certificate.certified is None:
+            return
+        both = certificate.certified & ~self.standing.numpy()
+        if both.any():
+            first = np.flatnonzero(both)[:5].tolist()
+            raise ContradictionError(
+                f"{int(both.sum())} samples are certified by {certificate.method} and broken by "
+                f"an attack (first: {first}); please report this"
+            )
+
+    # ------------------------------------------------------------------ results
+
+    def _estimate(self, right: Tensor, value: Tensor) -> Estimate:
+        if self.model.task == "classification":
+            return Estimate.proportion(int(right.sum()), len(right))
+        return Estimate.mean(value.double().numpy())
+
+    def _totals(
+        self, certificate: Certificate | None
+    ) -> tuple[Estimate, Estimate | None]:
+        found = self._estimate(self.standing, self.worst)
+        if certificate is None:
+            return found, None
+        if certificate.certified is not None:
+            return found, Estimate.proportion(int(certificate.certified.sum()), len(self.x))
+        loss = certificate.loss
+        return found, None if loss is None else Estimate.mean(loss)
+
+    def _predictions(self) -> np.ndarray:
+        output = self.harness.outputs("", self.x_adv)
+        return self._named(output.argmax(1).numpy()) if output.dim() == 2 else output.numpy()
+
+    def _named(self, labels: np.ndarray) -> np.ndarray:
+        return labels if self.model.classes is None else np.asarray(self.model.classes)[labels]
+
+    def _samples(self, certificate: Certificate | None) -> tuple[Sample, ...]:
+        classification = self.model.task == "classification"
+        distance = self.threat.norm(self.x_adv.double() - self.x.double())
+        labels = self._named(self.y.numpy()) if classification else self.y.numpy()
+        rows = []
+        for i in range(len(self.x)):
+            sample: dict[str, Any] = {"index": i, "label": labels[i].item()}
+            if classification:
+                right, broken_by = bool(self.right[i]), self.broken_by[i]
+                gone = float(distance[i]) if broken_by is not None else None
+                sample |= {
+                    "clean_correct": right,
+                    "broken_by": broken_by,
+                    "distance": gone if right else 0.0,
+                    "clean_margin": float(self.value[i]),
+                    "attacked_margin": float(self.worst[i]),
+                }
+            else:
+                sample |= {
+                    "clean_loss": float(self.value[i]),
+                    "attacked_loss": float(self.worst[i]),
+                    "distance": float(distance[i]),
+                }
+            if certificate is not None and certificate.certified is not None:
+                sample["certified"] = bool(certificate.certified[i])
+                sample["radius"] = float(certificate.radius[i])  # type: ignore[index]
+            elif certificate is not None and certificate.loss is not None:
+                sample["certified_loss"] = float(certificate.loss[i])
+            rows.append(Sample(**sample))
+        return tuple(rows)
+
+
+def _parse(text: str) -> Step:
+    name, *given = text.split(":")
+    options: dict[str, Any] = {}
+    for option in given:
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise InputError(f"write options of an attack as name:key=value; got {text!r}")
+        options[key] = _value(value)
+    return name, options
+
+
+def _value(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    pass
+
+
+def _columns(x: Any) -> tuple[str, ...] | None:
+    return tuple(str(c) for c in x.columns) if hasattr(x, "columns") else None
+
+
+def _points(x: Any, threat: LpBall) -> Tensor:
+    points = _tensor.as_tensor(x).cpu()
+    _tensor.check_points(points)
+    if points.dtype == torch.uint8 and (threat.lower is None or threat.upper is None):
+        raise InputError(
+            "x holds 8-bit integers: divide by 255 if the model takes [0, 1], or give the threat "
+            "lower=0, upper=255 and eps in those units"
+        )
+    return points
+
+
+def _labels(model: Model, x: Tensor, y: Any) -> Tensor:
+    """Return labels as column numbers, or targets as floats; everything about them is checked."""
+    array = y.detach().cpu().numpy() if isinstance(y, Tensor) else np.asarray(y)
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.shape != (len(x),):
+        hint = "; for one-hot labels give y.argmax(axis=1)" if array.ndim == 2 else ""
+        raise InputError(f"x has {len(x)} samples, but y has shape {array.shape}{hint}")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise InputError("y holds NaN or infinity")
+    if model.classes is not None:
+        known = np.asarray(model.classes)
+        place = {value: column for column, value in enumerate(known.tolist())}
+        strange = sorted({str(v) for v in array.tolist() if v not in place})
+        if strange:
+            raise InputError(
+                f"y holds labels that {model.name} does not know: {', '.join(strange[:5])}; it "
+                f"knows {', '.join(map(str, known[:10]))}"
+            )
+        return torch.tensor([place[v] for v in array.tolist()])
+    if array.dtype.kind not in "biuf":
+        raise InputError(f"y must hold class numbers 0 … K−1 (or targets); it holds {array.dtype}")
+    first = x[:1].to(model.device)
+    model.settle(first, torch.as_tensor(array))
+    if model.task == "regression":
+        return torch.as_tensor(array, dtype=model.dtype)
+    if array.dtype.kind == "f" and (array != np.round(array)).any():
+        raise InputError(
+            f"y must hold class numbers for the classifier {model.name}, but holds fractions like "
+            f"{array[array != np.round(array)][0]:g}; wrap a regressor with task='regression'"
+        )
+    labels = torch.as_tensor(array.astype(np.int64))
+    model(first)
+    count = int(model.num_classes or 0)
+    if int(labels.min()) < 0 or int(labels.max()) >= count:
+        raise InputError(
+            f"labels out of range: y spans {int(labels.min())} to {int(labels.max())}, but "
+            f"{model.name} has {count} classes, numbered from 0"
+        )
+    return labels
+
+
+def _finite(model: Model, output: Tensor) -> Tensor:
+    bad = output.reshape(len(output), -1).isnan().any(1)
+    if bool(bad.any()):
+        raise ModelError(
+            f"{model.name} returned NaN for {int(bad.sum())} of {len(bad)} clean samples (first: "
+            f"{bad.nonzero().squeeze(1)[:5].tolist()}); mend the model or leave those samples out"
+        )
+    return output
+
+
+def _environment(model: Model) -> dict[str, Any]:
+    import scipy
+    import sklearn
+
+    return {
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "robustlearn": robustlearn.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "scipy": scipy.__version__,
+        "scikit-learn": sklearn.__version__,
+        "platform": platform.platform(),
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }

@@ -1,0 +1,85 @@
+"""Finished batches on disk, so that an evaluation goes on after a kill."""
+
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from robustlearn.errors import InputError
+
+VERSION = 1
+
+
+class State:
+    """A folder with what was asked, and one file for each finished batch of an attack.
+
+    Files are written beside their place and then renamed, so that a file that is there is whole.
+    """
+
+    def __init__(self, folder: Path, question: dict[str, Any], clean: np.ndarray) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._number = 0
+        asked = {"version": VERSION, **question}
+        path = folder / "question.json"
+        if path.is_file():
+            self._continue(path, asked, clean)
+        else:
+            _write(folder / "clean.npz", {"clean": clean})
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(asked, indent=1), encoding="utf-8")
+            os.replace(temporary, path)
+
+    def _continue(self, path: Path, asked: dict[str, Any], clean: np.ndarray) -> None:
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path} is damaged ({error}); remove {self.folder}") from error
+        asked = json.loads(json.dumps(asked))
+        changed = sorted(key for key in {*before, *asked} if before.get(key) != asked.get(key))
+        stored = _read(self.folder / "clean.npz")
+        if not changed and stored is not None:
+            same = stored["clean"].shape == clean.shape
+            if not (same and np.allclose(stored["clean"], clean, rtol=1e-3, atol=1e-4)):
+                changed = ["model"]
+        if changed:
+            raise InputError(
+                f"{self.folder} holds the state of another evaluation: {', '.join(changed)} "
+                "changed since; go on with what was asked then, or choose another folder"
+            )
+
+    def save(self, attack: str, batch: dict[str, np.ndarray]) -> None:
+        """Keep a finished batch."""
+        folder = self._of(attack)
+        folder.mkdir(exist_ok=True)
+        while (path := folder / f"{self._number:06d}.npz").exists():
+            self._number += 1
+        _write(path, batch)
+
+    def load(self, attack: str) -> list[dict[str, np.ndarray]]:
+        """Return the finished batches of an attack; damaged files count as not there."""
+        found = [_read(path) for path in sorted(self._of(attack).glob("*.npz"))]
+        return [batch for batch in found if batch is not None]
+
+    def _of(self, attack: str) -> Path:
+        return self.folder / "".join(c if c.isalnum() or c in "-_.=" else "_" for c in attack)
+
+
+def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _read(path: Path) -> dict[str, np.ndarray] | None:
+    try:
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return None

@@ -1,0 +1,113 @@
+"""Figures of a report: SVG curves and small pictures, from plain data alone."""
+
+import base64
+import io
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+SAFE, OPEN, BROKEN = "#1b7f5c", "#e0a526", "#b3403a"
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "robustlearn",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+def curve(evaluation: dict[str, Any]) -> Markup | None:
+    """Accuracy against ε: the proven part, the open part, and what attacks broke."""
+    data = evaluation["curve"]
+    if data is None:
+        return None
+    eps, attacked, certified = data["eps"], data["attacked"], data["certified"]
+
+    def draw(axes: Any) -> None:
+        low = certified if certified is not None else [0.0] * len(eps)
+        if certified is not None:
+            axes.fill_between(eps, 0, low, color=SAFE, alpha=0.35, lw=0)
+            axes.plot(eps, low, color=SAFE, label="certified")
+        axes.fill_between(eps, low, attacked, color=OPEN, alpha=0.3, lw=0, label="open")
+        axes.plot(eps, attacked, color=BROKEN, label="attacked")
+        axes.axvline(evaluation["threat"]["eps"], color="0.5", lw=1, ls=":")
+        axes.set(xlabel="ε", ylabel="share of samples", ylim=(0, 1.02), xlim=(0, eps[-1]))
+        axes.legend(frameon=False, loc="upper right")
+
+    return _svg(draw, "Accuracy against the budget ε, both bounds")
+
+
+def margins(evaluation: dict[str, Any]) -> Markup | None:
+    """Histogram of the margins, clean and the smallest found."""
+    samples = evaluation["samples"]
+    clean = [s["clean_margin"] for s in samples if s["clean_margin"] is not None]
+    found = [s["attacked_margin"] for s in samples if s["attacked_margin"] is not None]
+    values = np.array(clean + found, dtype=float)
+    values = values[np.isfinite(values)]
+    if evaluation["task"] != "classification" or values.size == 0:
+        return None
+    low, high = np.quantile(values, [0.005, 0.995])
+    edges = np.linspace(low, high if high > low else low + 1, 31)
+
+    def draw(axes: Any) -> None:
+        for data, colour, label in ((clean, SAFE, "clean"), (found, BROKEN, "under attack")):
+            axes.hist(np.clip(data, edges[0], edges[-1]), edges, color=colour, alpha=0.5, label=label)
+        axes.axvline(0, color="0.3", lw=1)
+        axes.set(xlabel="margin (negative: misclassified)", ylabel="samples")
+        axes.legend(frameon=False)
+
+    return _svg(draw, "Margins of the samples, clean and under attack")
+
+
+def pictures(x: Any, x_adv: Any) -> dict[str, str] | None:
+    """Before, after and their difference as PNG data, or None if samples are not images."""
+    before, after = _image(np.array(x, dtype=float)), _image(np.array(x_adv, dtype=float))
+    if before is None or after is None:
+        return None
+    low, high = min(before.min(), 0.0), max(before.max(), 1.0)
+    change = after - before
+    size = max(float(np.abs(change).max()), 1e-12)
+    return {
+        "before": _png((before - low) / (high - low)),
+        "after": _png((after - low) / (high - low)),
+        "change": _png(0.5 + change / (2 * size)),
+    }
+
+
+def flat(values: Any) -> list[float]:
+    """Nested lists as one list."""
+    return [float(v) for v in np.array(values, dtype=float).ravel()]
+
+
+def _image(array: np.ndarray) -> np.ndarray | None:
+    """(C, H, W), (H, W, C) or (H, W) as (H, W) or (H, W, 3)."""
+    if array.ndim == 3 and array.shape[0] in (1, 3):
+        array = np.moveaxis(array, 0, -1)
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    picture = array.ndim == 2 or (array.ndim == 3 and array.shape[-1] == 3)
+    return array if picture and min(array.shape[:2]) > 3 else None
+
+
+def _png(array: np.ndarray) -> str:
+    from matplotlib import image
+
+    out = io.BytesIO()
+    image.imsave(out, np.clip(array, 0, 1), cmap="gray", vmin=0, vmax=1, format="png")
+    return "data:image/png;base64," + base64.b64encode(out.getvalue()).decode()
+
+
+def _svg(draw: Any, title: str) -> Markup:
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        drawing = Figure(figsize=(6.0, 3.2), layout="constrained")
+        FigureCanvasSVG(drawing)
+        draw(drawing.add_subplot())
+        out = io.StringIO()
+        drawing.savefig(out, format="svg", metadata={"Date": None, "Title": title})
+    text = out.getvalue()
+    return Markup(text[text.index("<svg") :])  # noqa: S704 - drawn here, from numbers

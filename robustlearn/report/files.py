@@ -1,0 +1,61 @@
+"""report.json, samples.csv, adversarial.npz and report.html in one folder."""
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from robustlearn.report.page import page
+
+SCHEMA = "robustlearn-report/1"
+
+
+def write(document: dict[str, Any], arrays: Mapping[str, np.ndarray], folder: Path) -> Path:
+    """Write a document and its adversarial examples; return the folder.
+
+    Every file is written beside its place and then renamed, so that none is ever half written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(plain(document), indent=1, allow_nan=False)
+    _replace(folder / "report.json", text.encode())
+    _replace(folder / "samples.csv", samples_csv(document).encode())
+    packed = io.BytesIO()
+    np.savez_compressed(packed, allow_pickle=False, **arrays)
+    _replace(folder / "adversarial.npz", packed.getvalue())
+    _replace(folder / "report.html", page(document).encode())
+    return folder
+
+
+def plain(value: Any) -> Any:
+    """Return data that JSON can hold: infinity as a word, NaN as null."""
+    if isinstance(value, dict):
+        return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else "inf" if value > 0 else "-inf"
+    return value
+
+
+def samples_csv(document: dict[str, Any]) -> str:
+    """One row a sample of every evaluation, fields without meaning left empty."""
+    out = io.StringIO()
+    first = document["evaluations"][0]["samples"][0]
+    writer = csv.DictWriter(out, ["model", *first], lineterminator="\n")
+    writer.writeheader()
+    for evaluation in document["evaluations"]:
+        for sample in evaluation["samples"]:
+            writer.writerow({"model": evaluation["model"], **sample})
+    return out.getvalue()
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)

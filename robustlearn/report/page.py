@@ -1,0 +1,121 @@
+"""The report as one HTML file that needs nothing else."""
+
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+from robustlearn.report import figures
+from robustlearn.report.table import figure
+
+SHOWN_FEATURES = 8
+SHOWN_SAMPLES = 200
+
+
+def page(document: dict[str, Any]) -> str:
+    """Render a document; every name in it is escaped, and nothing is fetched from a network."""
+    evaluations = [_view(evaluation) for evaluation in document["evaluations"]]
+    return str(_template().render(document=document, evaluations=evaluations))
+
+
+@functools.cache
+def _template() -> Any:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = number
+    environment.filters["percent"] = lambda value: f"{100 * value:.4g}%"
+    return environment.get_template("page.html")
+
+
+def number(value: Any) -> str:
+    """A figure for reading: four digits, and a dash for nothing."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return "∞" if math.isinf(value) and value > 0 else f"{value:.4g}"
+    return str(value)
+
+
+def _view(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Return what the template shows of an evaluation."""
+    task = evaluation["task"]
+    columns = [key for key in evaluation["samples"][0] if _used(evaluation, key)]
+    return {
+        **evaluation,
+        "figures": {
+            name: figure(evaluation[name], task) for name in ("clean", "attacked", "certified")
+        },
+        "summary": _summary(evaluation),
+        "curve_svg": figures.curve(evaluation),
+        "margins_svg": figures.margins(evaluation),
+        "examples": [_example(evaluation, example) for example in evaluation["examples"]],
+        "columns": columns,
+        "rows": evaluation["samples"][:SHOWN_SAMPLES],
+        "forwards": sum(run["forwards"] for run in evaluation["attacks"]),
+        "backwards": sum(run["backwards"] for run in evaluation["attacks"]),
+        "seconds": sum(run["seconds"] for run in evaluation["attacks"]),
+    }
+
+
+def _used(evaluation: dict[str, Any], key: str) -> bool:
+    return any(sample[key] is not None for sample in evaluation["samples"])
+
+
+def _summary(evaluation: dict[str, Any]) -> str:
+    attacked, certified = evaluation["attacked"], evaluation["certified"]
+    if evaluation["task"] == "regression":
+        if certified is None:
+            return (
+                f"Attacks raise the mean squared error from {evaluation['clean']['value']:.4g} to "
+                f"at least {attacked['value']:.4g}; no certificate bounds it from above."
+            )
+        return (
+            f"The mean worst squared error lies between {attacked['value']:.4g} (found) and "
+            f"{certified['value']:.4g} (proven); clean it is {evaluation['clean']['value']:.4g}."
+        )
+    if certified is None:
+        return (
+            f"At most {attacked['value']:.1%} of the samples are robust: attacks broke the rest. "
+            "No certificate bounds the share from below."
+        )
+    if certified["value"] == attacked["value"]:
+        return f"Exactly {attacked['value']:.1%} of these samples are robust: both bounds meet."
+    return (
+        f"Between {certified['value']:.1%} (proven) and {attacked['value']:.1%} (unbroken) of the "
+        "samples are robust."
+    )
+
+
+def _example(evaluation: dict[str, Any], example: dict[str, Any]) -> dict[str, Any]:
+    shown = {key: example[key] for key in ("index", "label", "prediction", "distance", "broken_by")}
+    for key in ("label", "prediction"):
+        shown[key] = _class_name(evaluation, shown[key])
+    pictures = figures.pictures(example["x"], example["x_adv"])
+    if pictures is not None:
+        return {**shown, "pictures": pictures, "features": None}
+    return {**shown, "pictures": None, "features": _changes(evaluation, example)}
+
+
+def _class_name(evaluation: dict[str, Any], label: Any) -> str:
+    classes = evaluation["classes"]
+    if evaluation["task"] == "classification" and classes and isinstance(label, int):
+        return str(classes[label]) if 0 <= label < len(classes) else str(label)
+    return number(label)
+
+
+def _changes(evaluation: dict[str, Any], example: dict[str, Any]) -> list[tuple[str, float, float]]:
+    """Return the features that changed most, as (name, before, after)."""
+    before, after = figures.flat(example["x"]), figures.flat(example["x_adv"])
+    names = evaluation["feature_names"] or [f"feature {j}" for j in range(len(before))]
+    order = sorted(range(len(before)), key=lambda j: -abs(after[j] - before[j]))
+    kept = [j for j in order[:SHOWN_FEATURES] if after[j] != before[j]]
+    return [(names[j] if j < len(names) else f"feature {j}", before[j], after[j]) for j in kept]
