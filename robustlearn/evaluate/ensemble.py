@@ -16,7 +16,7 @@ import robustlearn
 from robustlearn import _tensor, losses
 from robustlearn._tensor import per_sample
 from robustlearn.attacks import ATTACKS, unsuitable
-from robustlearn.certify import Certificate, applicable
+from robustlearn.certify import CERTIFICATES, Certificate, applicable
 from robustlearn.certify import certify as prove
 from robustlearn.errors import ContradictionError, InputError, ModelError
 from robustlearn.evaluate.harness import Harness, Progress, Tally, attacked
@@ -88,6 +88,7 @@ def evaluate(
     data: str = "data",
     classes: Sequence[str] | None = None,
     feature_names: Sequence[str] | None = None,
+    indices: Sequence[int] | np.ndarray | None = None,
 ) -> Report:
     """Bound the robustness of a model from both sides.
 
@@ -111,6 +112,8 @@ def evaluate(
     resume : folder in which finished batches and all adversarial points are kept; an evaluation
         that was interrupted goes on from there.
     data, classes, feature_names : what to call things in the report.
+    indices : numbers of the samples in the data set that they come from; by default 0 … n−1.
+        The random starts of a sample depend on its number and the seed alone.
 
     Returns
     -------
@@ -140,8 +143,9 @@ def evaluate(
         points = points.to("cpu", model.dtype)
         threat.check(points)
         labels = _labels(model, points, y)
+        numbers = torch.arange(len(points)) if indices is None else torch.as_tensor(indices)
         harness = Harness(
-            model, points, labels, threat, max(1, batch_size), seed, progress or _silent
+            model, points, labels, threat, numbers, max(1, batch_size), seed, progress or _silent
         )
         return _Evaluation(harness, steps, certify, resume, explicit=attacks not in PRESETS).report(
             data, classes, names
@@ -221,6 +225,7 @@ class _Evaluation:
         return {
             "data": digest.hexdigest(),
             "threat": self.threat.describe(),
+            "samples": self.harness.numbers.tolist(),
             "attacks": [label for label, _, _ in self.steps],
             "seed": self.harness.seed,
         }
@@ -235,7 +240,8 @@ class _Evaluation:
         if self.method == "none":
             about["reason"] = "not asked for"
         elif self.method == "auto" and not applicable(self.model, self.threat, shape):
-            about["reason"] = f"no certificate applies to {self.model.name} yet"
+            known = ", ".join(CERTIFICATES)
+            about["reason"] = f"no certificate ({known}) applies to this model and threat"
         else:
             self.harness.progress("certificate", 0, len(self.x))
             certificate = prove(
@@ -374,7 +380,8 @@ class _Evaluation:
         labels = self._named(self.y.numpy()) if classification else self.y.numpy()
         rows = []
         for i in range(len(self.x)):
-            sample: dict[str, Any] = {"index": i, "label": labels[i].item()}
+            number = int(self.harness.numbers[i])
+            sample: dict[str, Any] = {"index": number, "label": labels[i].item()}
             if classification:
                 right, broken_by = bool(self.right[i]), self.broken_by[i]
                 gone = float(distance[i]) if broken_by is not None else None

@@ -27,6 +27,7 @@ class Harness:
     x: Tensor
     y: Tensor
     threat: LpBall
+    numbers: Tensor
     batch_size: int
     seed: int
     progress: Progress
@@ -73,7 +74,7 @@ class Harness:
         """
         takes_keys = "generator" in inspect.signature(attack).parameters
         base = torch.full((len(self.x),), self.seed, dtype=torch.int64)
-        keys = _tensor.fold(base, torch.arange(len(self.x)))
+        keys = _tensor.fold(base, self.numbers)
 
         def work(batch: Tensor) -> Tensor:
             given = dict(options)

@@ -210,19 +210,24 @@ class Report:
         ]
 
 
-def save(reports: Sequence[Report], folder: str | Path, *, command: str | None = None) -> Path:
-    """Write several evaluations as one report; see `Report.save`."""
-    document = {
+def document(reports: Sequence[Report], *, command: str | None = None) -> dict[str, Any]:
+    """Return several evaluations as the document of one report: plain data, ready for JSON."""
+    whole = {
         "schema": rendering.SCHEMA,
         "robustlearn": robustlearn.__version__,
         "command": command,
         "environment": reports[0].environment,
         "evaluations": [report.to_dict() for report in reports],
     }
+    return dict(rendering.plain(whole))
+
+
+def save(reports: Sequence[Report], folder: str | Path, *, command: str | None = None) -> Path:
+    """Write several evaluations as one report; see `Report.save`."""
     arrays = {}
     for number, report in enumerate(reports):
         broken = [row for row, s in enumerate(report.samples) if s.broken_by is not None]
         suffix = "" if len(reports) == 1 else f"_{number}"
         arrays[f"index{suffix}"] = np.array([report.samples[row].index for row in broken], int)
         arrays[f"x_adv{suffix}"] = report.x_adv[broken]
-    return rendering.write(document, arrays, Path(folder))
+    return rendering.write(document(reports, command=command), arrays, Path(folder))

@@ -67,6 +67,9 @@ class Model(ABC):
     @property
     def name(self) -> str:
         """What to call the model in a report."""
+        steps = getattr(self.source, "steps", None)
+        if isinstance(steps, list):
+            return " → ".join(type(step).__name__ for _, step in steps)
         named = getattr(self.source, "__name__", None)
         return str(named or type(self.source).__name__)
 

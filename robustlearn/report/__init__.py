@@ -4,8 +4,8 @@ The document is plain data (``report.json``, described by ``schema.json``), so t
 be drawn again, joined or compared without the model, the data or torch.
 """
 
-from robustlearn.report.files import SCHEMA, write
+from robustlearn.report.files import SCHEMA, plain, write
 from robustlearn.report.page import page
 from robustlearn.report.table import table
 
-__all__ = ["SCHEMA", "page", "table", "write"]
+__all__ = ["SCHEMA", "page", "plain", "table", "write"]

@@ -22,7 +22,7 @@ def write(document: dict[str, Any], arrays: Mapping[str, np.ndarray], folder: Pa
     Every file is written beside its place and then renamed, so that none is ever half written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(plain(document), indent=1, allow_nan=False)
+    text = json.dumps(document, indent=1, allow_nan=False)
     _replace(folder / "report.json", text.encode())
     _replace(folder / "samples.csv", samples_csv(document).encode())
     packed = io.BytesIO()

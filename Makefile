@@ -1,0 +1,37 @@
+# `make demo` and `make test` set everything up by themselves; the second time they are quick.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint bench clean
+
+demo: .venv/installed
+	$(BIN)/robustlearn demo --out robustness-report
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/peers
+	$(BIN)/python benchmarks/attack_overhead.py --full --out benchmarks/results/attack_overhead.csv
+	$(BIN)/python benchmarks/linear_certificates.py --full --out benchmarks/results/linear_certificates.csv
+
+clean:
+	rm -rf .venv robustness-report build dist *.egg-info .*_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 11) else 'robustlearn needs Python 3.11 or newer; say make PYTHON=...')"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+# peers pull torchvision, which is not needed: hence without their dependencies
+.venv/peers: .venv/installed benchmarks/peers.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,bench]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r benchmarks/peers.txt
+	touch $@

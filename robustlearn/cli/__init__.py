@@ -1,0 +1,233 @@
+"""The command line: one verb per use. Nothing heavy is imported before a verb needs it."""
+
+import json
+import shlex
+import sys
+import traceback
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import robustlearn
+from robustlearn.errors import InputError
+
+app = typer.Typer(
+    name="robustlearn",
+    help="How robust is a classifier? Certified ≤ true ≤ attacked.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command; return 0 with an answer, 2 for what the user can mend, 1 for our fault."""
+    try:
+        result = app(arguments, prog_name="robustlearn", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        _say("stopped; an evaluation with --out goes on if you give the command with --resume")
+        return 130
+    except (InputError, OSError) as error:
+        _say(f"error: {error}")
+        return 2
+    except Exception as error:
+        if hasattr(error, "exit_code") and hasattr(error, "show"):  # a usage error of typer's
+            error.show()
+            return 2
+        traceback.print_exc()
+        _say("error: this is a fault of robustlearn; please report it with the lines above")
+        return 1
+    return result if isinstance(result, int) else 0
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
+
+
+def _number(text: str | float) -> float:
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        raise typer.BadParameter(f"{text!r} is not a number or a fraction like 8/255") from None
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"robustlearn {robustlearn.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """How robust is a classifier? Certified ≤ true ≤ attacked."""
+
+
+Model = Annotated[
+    str,
+    typer.Option(
+        help="FILE.py:NAME or package.module:NAME, a model or a function without arguments that "
+        "builds one; or a pickled model, with --allow-pickle."
+    ),
+]
+Data = Annotated[
+    str, typer.Option(help="FILE.npz (x, y), FILE.csv with --target, or a built-in set.")
+]
+Number = {"parser": _number, "metavar": "NUMBER"}
+Norm = Annotated[str, typer.Option(help="linf, l2, l1 or a number.")]
+Eps = Annotated[float, typer.Option(help="Budget, as 0.1 or 8/255.", **Number)]  # type: ignore[call-overload]
+Lower = Annotated[float | None, typer.Option(help="Least value of a feature.", **Number)]  # type: ignore[call-overload]
+Upper = Annotated[float | None, typer.Option(help="Largest value of a feature.", **Number)]  # type: ignore[call-overload]
+Target = Annotated[str | None, typer.Option(help="Target column of a .csv.")]
+Task = Annotated[str | None, typer.Option(help="classification or regression, if it is not clear.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use a random part of the samples.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Samples sent together.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON and nothing else.")]
+Pickle = Annotated[bool, typer.Option(help="Unpickle a model file. This runs code from the file.")]
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Data,
+    eps: Eps,
+    norm: Norm = "linf",
+    lower: Lower = None,
+    upper: Upper = None,
+    target: Target = None,
+    task: Task = None,
+    attacks: Annotated[
+        str, typer.Option(help="quick, standard, or NAME,… (NAME:option=value).")
+    ] = "standard",
+    certify: Annotated[str, typer.Option(help="auto, none, or a method.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Folder for the report.")] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Go on with what an earlier run left in --out.")
+    ] = False,
+    device: Device = "auto",
+    seed: Seed = 0,
+    limit: Limit = None,
+    batch_size: BatchSize = 256,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Bound the robustness of a model from both sides and write a report."""
+    from robustlearn.cli import inputs, screen
+    from robustlearn.evaluate import document, evaluate, save
+
+    if resume and out is None:
+        raise InputError("--resume goes with --out: the folder that holds the earlier run")
+    samples, indices = inputs.samples(data, target, limit, seed)
+    wrapped = inputs.model(model, task=task, allow_pickle=allow_pickle)
+    threat = inputs.threat(norm, eps, lower, upper)
+    state = None if out is None else inputs.state(out, resume)
+    with screen.progress(show=not (quiet or as_json)) as progress:
+        report = evaluate(
+            wrapped,
+            samples.x,
+            samples.y,
+            threat,
+            attacks=attacks,
+            certify=certify,
+            seed=seed,
+            batch_size=batch_size,
+            device=device,
+            progress=progress,
+            resume=state,
+            data=samples.name,
+            classes=samples.class_names,
+            feature_names=samples.feature_names,
+            indices=indices,
+        )
+    if out is not None:
+        save([report], out, command=_command())
+    if as_json:
+        typer.echo(json.dumps(document([report], command=_command()), indent=1, allow_nan=False))
+    elif not quiet:
+        screen.show([report], out)
+
+
+@app.command()
+def certify(
+    model: Model,
+    data: Data,
+    eps: Eps,
+    norm: Norm = "linf",
+    lower: Lower = None,
+    upper: Upper = None,
+    target: Target = None,
+    task: Task = None,
+    method: Annotated[str, typer.Option(help="auto, or a method.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="A .csv file for the rows.")] = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    limit: Limit = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Prove how far each sample is safe, without attacking."""
+    from robustlearn.cli import inputs, screen
+
+    samples, indices = inputs.samples(data, target, limit, seed)
+    wrapped = inputs.model(model, task=task, allow_pickle=allow_pickle)
+    threat = inputs.threat(norm, eps, lower, upper)
+    with wrapped.on(device):
+        result = inputs.certificate(wrapped, samples, indices, threat, method)
+    if out is not None:
+        inputs.write_rows(out, result["samples"])
+    if as_json:
+        typer.echo(json.dumps(inputs.plain(result), indent=1, allow_nan=False))
+    elif not quiet:
+        screen.show_certificate(result, out)
+
+
+@app.command()
+def attacks(as_json: AsJson = False) -> None:
+    """List the attacks, and the sets of them that evaluate knows."""
+    from robustlearn.cli import screen
+
+    listed = screen.attack_rows()
+    if as_json:
+        typer.echo(json.dumps(listed, indent=1))
+    else:
+        screen.show_attacks(listed)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("robustness-report"),
+    eps: Eps = 0.1,
+    device: Device = "auto",
+    seed: Seed = 0,
+    limit: Limit = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train two classifiers of digits, attack and certify them, and write a report."""
+    from robustlearn.cli import screen
+    from robustlearn.cli.demo import demonstrate
+    from robustlearn.evaluate import document, save
+
+    with screen.progress(show=not (quiet or as_json)) as progress:
+        reports = demonstrate(eps=eps, seed=seed, limit=limit, device=device, progress=progress)
+    save(reports, out, command=_command())
+    if as_json:
+        typer.echo(json.dumps(document(reports, command=_command()), indent=1, allow_nan=False))
+    elif not quiet:
+        screen.show(reports, out)
+
+
+def _command() -> str:
+    """Return the command line as it can be given again."""
+    return shlex.join(["robustlearn", *sys.argv[1:]])

@@ -1,0 +1,120 @@
+"""What the command line shows: progress, tables, and where the report is."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from robustlearn.report import table
+
+
+@contextlib.contextmanager
+def progress(*, show: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """Yield ``told(stage, done, total)``: bars on a terminal, a line a stage elsewhere."""
+    if not show:
+        yield lambda stage, done, total: None
+    elif sys.stderr.isatty():
+        with _bars() as bars:
+            yield _Bars(bars)
+    else:
+        yield _Lines()
+
+
+def _bars() -> Progress:
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )
+
+
+class _Bars:
+    """One bar a stage."""
+
+    def __init__(self, bars: Progress) -> None:
+        self.bars = bars
+        self.current: tuple[str, Any] | None = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self.current is None or self.current[0] != stage or done == 0:
+            self.current = (stage, self.bars.add_task(stage, total=total))
+        self.bars.update(self.current[1], completed=done)
+
+
+class _Lines:
+    """One line when a stage ends."""
+
+    def __init__(self) -> None:
+        self.since = time.perf_counter()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if done == 0:
+            self.since = time.perf_counter()
+        if done == total and total:
+            sys.stderr.write(f"{stage}: {total} in {time.perf_counter() - self.since:.1f} s\n")
+            sys.stderr.flush()
+
+
+def show(reports: Sequence[Any], out: Path | None) -> None:
+    """Print the table, the notes, and where the report is."""
+    console = Console()
+    console.print(table({"evaluations": [report.to_dict() for report in reports]}))
+    for report in reports:
+        if report.certified is None:
+            console.print(Text(f"{report.model}: {report.certificate['reason']}"))
+        for note in report.notes:
+            console.print(Text(f"note on {report.model}: {note}"))
+    if out is not None:
+        console.print(Text(f"report: {out / 'report.html'}"))
+
+
+def show_certificate(result: dict[str, Any], out: Path | None) -> None:
+    """Print what was proven."""
+    console = Console()
+    exact = ", exact" if result["exact"] else ""
+    console.print(Text(f"{result['model']} on {result['data']}, {result['threat']['text']}"))
+    console.print(Text(f"method: {result['method']}{exact}; {len(result['samples'])} samples"))
+    if result["certified"] is None:
+        width = np.array([row["upper"] - row["lower"] for row in result["samples"]])
+        console.print(Text(f"width of the prediction interval: median {np.median(width):.4g}"))
+    else:
+        radius = np.array([row["radius"] for row in result["samples"]])
+        quartiles = " / ".join(f"{v:.4g}" for v in np.quantile(radius, [0.25, 0.5, 0.75]))
+        console.print(Text(f"predictions certified: {result['certified']:.1%}"))
+        console.print(Text(f"radius, quartiles: {quartiles}"))
+    if out is not None:
+        console.print(Text(f"rows: {out}"))
+
+
+def attack_rows() -> list[dict[str, str]]:
+    """Return name, needs, norms and summary of each attack."""
+    from robustlearn.attacks import ATTACKS
+
+    return [
+        {"name": name, **{k: str(v) for k, v in entry.facts.items()}, "summary": entry.summary}
+        for name, entry in ATTACKS.items()
+    ]
+
+
+def show_attacks(rows: list[dict[str, str]]) -> None:
+    """Print the attacks and the presets."""
+    from robustlearn.evaluate import PRESETS, plan
+
+    console = Console()
+    shown = Table("name", "needs", "norms", "what it does", box=None, pad_edge=False)
+    for row in rows:
+        shown.add_row(row["name"], row["needs"], row["norms"], Text(row["summary"]))
+    console.print(shown)
+    for preset in PRESETS:
+        steps = ", ".join(label for label, _, _ in plan(preset))
+        console.print(Text(f"\n{preset} = {steps}"))
