@@ -1,5 +1,6 @@
 """Batches of anything as tensors, row-wise helpers, and one random stream per sample."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ def check_points(x: Tensor) -> None:
 
 def flat(x: Tensor) -> Tensor:
     """View a batch as (n, d)."""
-    return x.reshape(len(x), -1)
+    return x.reshape(len(x), math.prod(x.shape[1:]))
 
 
 def per_sample(values: Tensor | float, like: Tensor) -> Tensor:

@@ -39,6 +39,8 @@ def attack(*, needs: Needs, norms: str = "any") -> Callable[[Attack], Attack]:
         @functools.wraps(function)
         def run(model: Any, x: Tensor, y: Tensor, threat: LpBall, **options: Any) -> Tensor:
             model = wrap(model)
+            if len(x) == 0:
+                return x.clone()
             model.settle(x, y)
             threat.check(x)
             reason = unsuitable(name, model, threat, tuple(x.shape[1:]))
@@ -46,8 +48,6 @@ def attack(*, needs: Needs, norms: str = "any") -> Callable[[Attack], Attack]:
                 raise InputError(reason)
             if model.task == "classification":
                 y = y.long()
-            if len(x) == 0:
-                return x.clone()
             with model.session(), torch.no_grad():
                 return function(model, x.detach(), y, threat, **options)
 

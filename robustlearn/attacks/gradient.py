@@ -115,14 +115,14 @@ def pgd(
     first = (4.0 if threat.p == 1 else 2.0) if step_size is None else step_size
     for restart in range(restarts):
         rows = best.standing()
+        if len(rows) == 0:
+            break
         around, labels, held = x[rows], y[rows], threat.select(rows)
         goal = directions[(restart - 1) % len(directions)][rows] if restart and directions else None
         delta, velocity = torch.zeros_like(around), torch.zeros_like(around)
         if restart or (random_start and model.task == "classification"):
             delta = held.sample(around, _tensor.fold(keys[rows], restart))
         for step in range(steps):
-            if len(rows) == 0:
-                break
             objective = chosen.objective if goal is None else _along(goal)
             gradient, value, output = model.gradient(around + delta, labels, objective)
             if goal is not None:
@@ -132,6 +132,8 @@ def pgd(
                 rows, around, labels = rows[going], around[going], labels[going]
                 delta, velocity, gradient = delta[going], velocity[going], gradient[going]
                 held = held.select(going)
+                if len(rows) == 0:
+                    break
                 goal = None if goal is None else goal[going]
             velocity = gradient if momentum == 0 else momentum * velocity + _unit(gradient)
             if schedule == "cosine" and step == steps - 1:

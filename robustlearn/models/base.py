@@ -77,6 +77,7 @@ class Model(ABC):
         """Return logits (n, K), or predictions (n,) of a regressor."""
         output = self.raw(x)
         if output.dim() == 2 and output.shape[1] >= 2:
+            self.task = self.task or "classification"
             return self._logits(output)
         column = output.reshape(len(x))
         if self.task is None:

@@ -1,0 +1,268 @@
+"""Contracts that every registered attack keeps, whatever it does inside."""
+
+import copy
+import inspect
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import robustlearn as rl
+from robustlearn import losses
+from robustlearn.attacks import ATTACKS, pgd, unsuitable
+
+BUDGET = {1: 2.0, 2: 0.6, math.inf: 0.15}
+FEW = {"pgd": {"steps": 6}, "square": {"queries": 12}}
+SHAPES = {"1-D": (), "2-D": (6,), "3-D": (4, 5), "4-D": (2, 5, 5)}
+
+
+class Row(nn.Module):
+    """Flatten anything, a batch of numbers included."""
+
+    def forward(self, x):
+        return x.reshape(len(x), -1)
+
+
+def network(shape, needs, dtype=torch.float64, classes=3):
+    """A small network, or a linear one for attacks that need it."""
+    torch.manual_seed(0)
+    d = max(1, math.prod(shape))
+    if needs == "affine":
+        if shape == ():
+            return nn.Sequential(nn.Unflatten(0, (-1, 1)), nn.Linear(1, classes)).to(dtype)
+        return nn.Sequential(nn.Flatten(), nn.Linear(d, classes)).to(dtype)
+    return nn.Sequential(
+        Row(), nn.Linear(d, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(), nn.Linear(16, classes)
+    ).to(dtype)
+
+
+def batch(shape, dtype=torch.float64, n=9):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.rand(n, *shape, generator=generator, dtype=torch.float64).to(dtype)
+    x.reshape(n, -1)[0] = 0.0
+    return x, torch.arange(n) % 3
+
+
+@pytest.fixture(params=list(ATTACKS))
+def entry(request):
+    return ATTACKS[request.param]
+
+
+@pytest.fixture(params=[1, 2, math.inf])
+def threat(request, entry):
+    norms = entry.facts["norms"]
+    if norms != "any" and request.param not in {float(p) for p in norms.split(",")}:
+        pytest.skip(f"{entry.name} knows {norms}")
+    return rl.LpBall(request.param, BUDGET[request.param], lower=0.0, upper=1.0)
+
+
+def options(entry, **more):
+    return {**FEW.get(entry.name, {}), **more}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_shape_dtype_and_feasibility_without_tolerance(entry, threat, shape, dtype):
+    model, (x, _) = rl.wrap(network(shape, entry.facts["needs"], dtype)), batch(shape, dtype)
+    y = model(x).argmax(1)
+    threat = replace(threat, mask=torch.rand(shape) < 0.8 if shape else None)
+    x_adv = entry.function(model, x, y, threat, **options(entry))
+    assert x_adv.shape == x.shape
+    assert x_adv.dtype == dtype
+    assert x_adv.device == x.device
+    assert not x_adv.requires_grad
+    assert threat.contains(x, x_adv).all()
+    assert x_adv.min() >= 0
+    assert x_adv.max() <= 1
+    if shape:
+        moved = (x_adv != x).reshape(len(x), -1)
+        assert not moved[:, ~threat.mask.reshape(-1)].any()
+    before = losses.margin(model(x), y)
+    after = losses.margin(model(x_adv), y)
+    assert (after < before - 1e-6).float().mean() > 0.5  # it does attack
+
+
+def test_eps_zero_changes_nothing(entry, threat):
+    x, y = batch((6,))
+    model = network((6,), entry.facts["needs"])
+    x_adv = entry.function(model, x, y, replace(threat, eps=0.0), **options(entry))
+    assert torch.equal(x_adv, x)
+
+
+def test_same_seed_same_result_and_no_neighbours(entry, threat):
+    """One seed, one result; alone, among others, and in another order."""
+    shape = (2, 5, 5)
+    x, y = batch(shape)
+    model = rl.wrap(network(shape, entry.facts["needs"]))
+    takes = "generator" in inspect.signature(entry.function).parameters
+    keys = torch.arange(len(x)) * 7919
+
+    def attacked(rows):
+        more = {"generator": keys[rows]} if takes else {}
+        held = threat.select(rows)
+        return entry.function(model, x[rows], y[rows], held, **options(entry, **more))
+
+    everyone = torch.arange(len(x))
+    whole = attacked(everyone)
+    assert torch.equal(whole, attacked(everyone))
+    order = torch.tensor([4, 1, 8, 0, 2, 6, 3, 7, 5])
+    torch.testing.assert_close(attacked(order), whole[order], rtol=0, atol=1e-10)
+    for row in (0, 5):
+        alone = attacked(torch.tensor([row]))
+        torch.testing.assert_close(alone[0], whole[row], rtol=0, atol=1e-10)
+    if takes:
+        other = entry.function(model, x, y, threat, **options(entry, generator=1))
+        assert not torch.equal(other, whole)
+
+
+def test_no_side_effects(entry, threat, untouched):
+    shape = (6,)
+    with torch.random.fork_rng():
+        module = network(shape, entry.facts["needs"])
+    module.train()
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    state = copy.deepcopy(module.state_dict())
+    x, y = batch(shape)
+    kept = (x.clone(), y.clone())
+    entry.function(module, x, y, threat, **options(entry))
+    assert torch.equal(x, kept[0])
+    assert torch.equal(y, kept[1])
+    assert all(part.training for part in module.modules())
+    assert all(p.requires_grad and (p.grad == 1).all() for p in module.parameters())
+    assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+
+
+def test_one_budget_per_sample(entry, threat):
+    x, y = batch((6,))
+    eps = torch.linspace(0, threat.eps, len(x))
+    held = replace(threat, eps=eps)
+    x_adv = entry.function(network((6,), entry.facts["needs"]), x, y, held, **options(entry))
+    assert held.contains(x, x_adv).all()
+    assert torch.equal(x_adv[0], x[0])
+    assert (held.norm(x_adv - x) <= eps).all()
+
+
+def test_regressors_and_single_logits(entry, threat):
+    x, _ = batch((6,))
+    net = network((6,), entry.facts["needs"], classes=1)
+    target = torch.linspace(-1, 1, len(x), dtype=torch.float64)
+    model = rl.wrap(net, task="regression")
+    x_adv = entry.function(model, x, target, threat, **options(entry))
+    clean, found = (losses.squared_error(model(p), target) for p in (x, x_adv))
+    assert (found >= clean - 1e-12).float().mean() > 0.8
+    assert found.mean() > clean.mean()
+    labels = torch.arange(len(x)) % 2
+    model = rl.wrap(net, task="classification")
+    x_adv = entry.function(model, x, labels, threat, **options(entry))
+    assert losses.margin(model(x_adv), labels).mean() < losses.margin(model(x), labels).mean()
+
+
+def test_empty_batches_and_bad_input(entry, threat):
+    x, y = batch((6,))
+    model = rl.wrap(network((6,), entry.facts["needs"]))
+    assert entry.function(model, x[:0], y[:0], threat).shape == (0, 6)
+    with pytest.raises(rl.InputError, match="data outside the box"):
+        entry.function(model, x + 5, y, threat)
+    if entry.facts["needs"] != "scores":
+        black_box = rl.wrap(lambda a: a[:, :3], task="classification")
+        reason = unsuitable(entry.name, black_box, threat, (6,))
+        assert f"{entry.name} needs" in reason
+        with pytest.raises(rl.InputError, match=reason):
+            entry.function(black_box, x, y, threat)
+
+
+def test_every_attack_says_what_it_is(entry):
+    assert entry.summary.endswith(".")
+    assert len(entry.summary) < 90
+    doc = entry.function.__doc__
+    for part in ("Parameters", "Returns", "Examples"):
+        assert part in doc
+
+
+# ---------------------------------------------------------------------- pgd by itself
+
+
+@pytest.mark.parametrize("p", [1, 2, math.inf])
+def test_pgd_improves_with_steps_and_restarts(p):
+    x, y = batch((2, 5, 5), n=64)
+    model = rl.wrap(network((2, 5, 5), "gradient"))
+    y = model(x).argmax(1)
+    threat = rl.LpBall(p, BUDGET[p], lower=0.0, upper=1.0)
+
+    def reached(**given):
+        x_adv = pgd(model, x, y, threat, stop_when_broken=False, **given)
+        return losses.margin(model(x_adv), y)
+
+    once = reached(steps=10)
+    assert (reached(steps=10, restarts=3) <= once + 1e-9).all()  # the best restart counts
+    assert reached(steps=40, restarts=3).mean() <= reached(steps=3).mean()
+    assert reached(steps=40, momentum=0.75).mean() < losses.margin(model(x), y).mean()
+    assert reached(steps=40, schedule="constant", step_size=0.1).mean() < once.mean() * 1.2 + 0.1
+
+
+def test_pgd_counts_one_gradient_a_step_and_drops_what_is_broken():
+    x, y = batch((6,), n=40)
+    model = rl.wrap(network((6,), "gradient"))
+    y = model(x).argmax(1)
+    model.forwards = 0
+    threat = rl.LpBall(math.inf, 0.02)
+    pgd(model, x, y, threat, steps=7, stop_when_broken=False)
+    assert (model.forwards, model.backwards) == (8 * 40, 7 * 40)
+    model.forwards = model.backwards = 0
+    pgd(model, x, y, rl.LpBall(math.inf, 5.0), steps=30)
+    assert model.backwards < 15 * 40
+
+
+def test_pgd_returns_the_best_point_of_its_path():
+    """A loss whose best point lies in the middle of the path."""
+    net = nn.Linear(1, 2).double()
+    x, y = torch.zeros(1, 1, dtype=torch.float64), torch.tensor([0])
+
+    with torch.no_grad():
+        net.weight.copy_(torch.tensor([[1.0], [0.0]]))
+        net.bias.zero_()
+
+    def peak(output, y):  # highest at x + δ = 0.3
+        return -((output[:, 0] - 0.3) ** 2)
+
+    x_adv = pgd(
+        net, x, y, rl.LpBall(2, 1.0), loss=peak, steps=50, random_start=False, stop_when_broken=False
+    )
+    assert abs(x_adv.item() - 0.3) < 0.05
+
+
+def test_saturated_logits_do_not_stop_the_default_loss():
+    torch.manual_seed(0)
+    x, y = batch((6,), torch.float32, n=30)
+    net = network((6,), "gradient", torch.float32)
+    loud = nn.Sequential(net, nn.Linear(3, 3, bias=False))
+    with torch.no_grad():
+        loud[1].weight.copy_(1e6 * torch.eye(3))
+    threat = rl.LpBall(math.inf, 0.15)
+    y = rl.wrap(net)(x).argmax(1)
+    quiet = pgd(net, x, y, threat, steps=10, stop_when_broken=False)
+    shouted = pgd(loud, x, y, threat, steps=10, stop_when_broken=False)
+    torch.testing.assert_close(quiet, shouted, atol=1e-5, rtol=0)
+
+
+def test_a_targeted_attack_is_another_loss():
+    x, y = batch((6,), n=30)
+    model = rl.wrap(network((6,), "affine"))
+    goal = (model(x).argmax(1) + 1) % 3
+    for loss in ("targeted_margin", "targeted_cross_entropy", "targeted_dlr"):
+        x_adv = pgd(model, x, goal, rl.LpBall(math.inf, 20.0), loss=loss)
+        assert (model(x_adv).argmax(1) == goal).float().mean() > 0.9
+
+
+def test_pgd_tells_what_is_wrong():
+    x, y = batch((6,))
+    net = network((6,), "gradient")
+    with pytest.raises(rl.InputError, match="schedule must be cosine or constant"):
+        pgd(net, x, y, rl.LpBall(2, 0.1), schedule="linear")
+    with pytest.raises(rl.InputError, match="steps and restarts start at 1"):
+        pgd(net, x, y, rl.LpBall(2, 0.1), steps=0)
+    with pytest.raises(rl.InputError, match="pgd knows the norms 1, 2, inf, not 3"):
+        pgd(net, x, y, rl.LpBall(3, 0.1))
