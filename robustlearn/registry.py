@@ -53,7 +53,9 @@ class Registry(Mapping[str, Entry]):
             return self._entries[name]
         except KeyError:
             known = ", ".join(self._entries)
-            raise InputError(f"there is no {self.kind} named {name!r}; there are: {known}") from None
+            raise InputError(
+                f"there is no {self.kind} named {name!r}; there are: {known}"
+            ) from None
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries

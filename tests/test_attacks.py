@@ -229,7 +229,14 @@ def test_pgd_returns_the_best_point_of_its_path():
         return -((output[:, 0] - 0.3) ** 2)
 
     x_adv = pgd(
-        net, x, y, rl.LpBall(2, 1.0), loss=peak, steps=50, random_start=False, stop_when_broken=False
+        net,
+        x,
+        y,
+        rl.LpBall(2, 1.0),
+        loss=peak,
+        steps=50,
+        random_start=False,
+        stop_when_broken=False,
     )
     assert abs(x_adv.item() - 0.3) < 0.05
 
@@ -249,7 +256,7 @@ def test_saturated_logits_do_not_stop_the_default_loss():
 
 
 def test_a_targeted_attack_is_another_loss():
-    x, y = batch((6,), n=30)
+    x, _ = batch((6,), n=30)
     model = rl.wrap(network((6,), "affine"))
     goal = (model(x).argmax(1) + 1) % 3
     for loss in ("targeted_margin", "targeted_cross_entropy", "targeted_dlr"):

@@ -115,7 +115,9 @@ def test_restrict_keeps_what_is_inside_and_reaches_the_boundary(p):
     inside = threat.sample(x, 0) * 0.5
     torch.testing.assert_close(threat.restrict(x, inside), x + inside, atol=1e-7, rtol=0)
     far = LpBall(p, 0.1).restrict(x, torch.ones_like(x))
-    torch.testing.assert_close(LpBall(p, 0.1).norm(far - x), torch.full((8,), 0.1), rtol=2e-5, atol=0)
+    torch.testing.assert_close(
+        LpBall(p, 0.1).norm(far - x), torch.full((8,), 0.1), rtol=2e-5, atol=0
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -45,9 +45,9 @@ def linear_exact(model: Model, x: Tensor, y: Tensor, threat: LpBall) -> Tensor:
     weight, bias = (part.to(x.device) for part in affine)
     wide = x.double()
     if model.task == "regression":
-        push = (weight[0].expand(len(x), -1), -weight[0].expand(len(x), -1))
-        level = flat(wide) @ weight[0] + bias[0] - y.double()
-        start = (level, -level)
+        up = weight[0].expand(len(x), -1)
+        error = flat(wide) @ weight[0] + bias[0] - y.double()
+        push, start = [up, -up], [error, -error]
     else:
         push, start = _rivals(weight, bias, flat(wide), y)
     best, delta = torch.full((len(x),), -torch.inf, dtype=wide.dtype, device=x.device), wide * 0
@@ -61,7 +61,9 @@ def linear_exact(model: Model, x: Tensor, y: Tensor, threat: LpBall) -> Tensor:
     return threat.restrict(x, delta)
 
 
-def _rivals(weight: Tensor, bias: Tensor, x: Tensor, y: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def _rivals(
+    weight: Tensor, bias: Tensor, x: Tensor, y: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
     """Return w_j − w_y and the present z_j − z_y for each rival j; −∞ for j = y itself."""
     scores = x @ weight.T + bias
     own = scores.gather(1, y[:, None]).squeeze(1)

@@ -148,9 +148,7 @@ def _radius(threat: LpBall, direction: Tensor, gap: Tensor, x: Tensor) -> Tensor
     return torch.where(t.squeeze(1).isinf(), torch.inf, radius)
 
 
-def _rounding(
-    model: Model, weight: Tensor, bias: Tensor, x: Tensor, threat: LpBall
-) -> Tensor:
+def _rounding(model: Model, weight: Tensor, bias: Tensor, x: Tensor, threat: LpBall) -> Tensor:
     """Bound how far the model's own arithmetic may move a difference of two scores.
 
     γ_d(|W|·|x + δ| + |b|) for a dot product of d terms (Higham, 2002), in the model's dtype.

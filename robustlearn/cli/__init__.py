@@ -81,9 +81,9 @@ Data = Annotated[
 ]
 Number = {"parser": _number, "metavar": "NUMBER"}
 Norm = Annotated[str, typer.Option(help="linf, l2, l1 or a number.")]
-Eps = Annotated[float, typer.Option(help="Budget, as 0.1 or 8/255.", **Number)]  # type: ignore[call-overload]
-Lower = Annotated[float | None, typer.Option(help="Least value of a feature.", **Number)]  # type: ignore[call-overload]
-Upper = Annotated[float | None, typer.Option(help="Largest value of a feature.", **Number)]  # type: ignore[call-overload]
+Eps = Annotated[float, typer.Option(help="Budget, as 0.1 or 8/255.", **Number)]
+Lower = Annotated[float | None, typer.Option(help="Least value of a feature.", **Number)]
+Upper = Annotated[float | None, typer.Option(help="Largest value of a feature.", **Number)]
 Target = Annotated[str | None, typer.Option(help="Target column of a .csv.")]
 Task = Annotated[str | None, typer.Option(help="classification or regression, if it is not clear.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]

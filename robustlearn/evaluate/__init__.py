@@ -3,4 +3,14 @@
 from robustlearn.evaluate.ensemble import PRESETS, evaluate, plan
 from robustlearn.evaluate.results import AttackRun, Estimate, Report, Sample, document, save
 
-__all__ = ["PRESETS", "AttackRun", "Estimate", "Report", "Sample", "document", "evaluate", "plan", "save"]
+__all__ = [
+    "PRESETS",
+    "AttackRun",
+    "Estimate",
+    "Report",
+    "Sample",
+    "document",
+    "evaluate",
+    "plan",
+    "save",
+]

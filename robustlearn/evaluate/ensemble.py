@@ -195,8 +195,7 @@ class _Evaluation:
             self.notes.append(
                 "no attack ran on this model and threat: the attacked figure is only the clean one"
             )
-        columns = self.model.classes
-        shown = [str(c) for c in (classes or columns)] if (classes or columns) is not None else None
+        named = self.model.classes if classes is None else classes
         return Report(
             model=self.model.name,
             data=data,
@@ -214,7 +213,7 @@ class _Evaluation:
             x=self.x.numpy(),
             x_adv=self.x_adv.numpy(),
             predictions=self._predictions(),
-            classes=None if shown is None else tuple(shown),
+            classes=None if named is None else tuple(str(name) for name in named),
             feature_names=names,
         )
 
@@ -244,9 +243,7 @@ class _Evaluation:
             about["reason"] = f"no certificate ({known}) applies to this model and threat"
         else:
             self.harness.progress("certificate", 0, len(self.x))
-            certificate = prove(
-                self.model, self.x, self.threat, y=self.y, method=self.method
-            )
+            certificate = prove(self.model, self.x, self.threat, y=self.y, method=self.method)
             self.harness.progress("certificate", len(self.x), len(self.x))
             return certificate, about | {"method": certificate.method, "exact": certificate.exact}
         return None, about
@@ -274,7 +271,9 @@ class _Evaluation:
 
     # ------------------------------------------------------------------ attacks
 
-    def _attack(self, label: str, name: str, options: dict[str, Any], broken: str | None) -> AttackRun:
+    def _attack(
+        self, label: str, name: str, options: dict[str, Any], broken: str | None
+    ) -> AttackRun:
         reason = unsuitable(name, self.model, self.threat, tuple(self.x.shape[1:]))
         if reason is None and broken is not None and ATTACKS[name].facts["needs"] == "gradient":
             reason = broken
@@ -356,9 +355,7 @@ class _Evaluation:
             return Estimate.proportion(int(right.sum()), len(right))
         return Estimate.mean(value.double().numpy())
 
-    def _totals(
-        self, certificate: Certificate | None
-    ) -> tuple[Estimate, Estimate | None]:
+    def _totals(self, certificate: Certificate | None) -> tuple[Estimate, Estimate | None]:
         found = self._estimate(self.standing, self.worst)
         if certificate is None:
             return found, None

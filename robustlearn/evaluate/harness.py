@@ -158,8 +158,9 @@ def attacked(
             found = torch.from_numpy(stored["index"])
             kept = torch.isin(found, rows)
             tally.add(stored)
-            yield found[kept], harness._checked(
-                name, found[kept], torch.from_numpy(stored["x_adv"])[kept]
+            yield (
+                found[kept],
+                harness._checked(name, found[kept], torch.from_numpy(stored["x_adv"])[kept]),
             )
             rows = rows[~torch.isin(rows, found)]
     model = harness.model

@@ -184,7 +184,8 @@ class Model(ABC):
             self._move(before)
 
     def _move(self, device: torch.device) -> None:
-        """Black boxes stay where they are."""
+        """Change the device; black boxes stay where they are."""
+        return
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:

@@ -223,11 +223,12 @@ def _transformer(step: Any) -> list[nn.Module]:
         center, scale = getattr(step, "center_", None), getattr(step, "scale_", None)
         return [_standardize(step.n_features_in_, shift=center, divisor=scale)]
     if _known(step, {"MaxAbsScaler"}):
-        layers = [_standardize(step.n_features_in_, divisor=step.scale_)]
-        return [*layers, Clamp(-1.0, 1.0)] if getattr(step, "clip", False) else layers
+        clamp = [Clamp(-1.0, 1.0)] if getattr(step, "clip", False) else []
+        return [_standardize(step.n_features_in_, divisor=step.scale_), *clamp]
     if _known(step, {"MinMaxScaler"}):
-        layers = [_standardize(step.n_features_in_, divisor=1 / step.scale_, offset=step.min_)]
-        return [*layers, Clamp(*map(float, step.feature_range))] if step.clip else layers
+        clamp = [Clamp(*map(float, step.feature_range))] if step.clip else []
+        scale = _standardize(step.n_features_in_, divisor=1 / step.scale_, offset=step.min_)
+        return [scale, *clamp]
     if _known(step, {"PCA", "IncrementalPCA"}):
         return _principal_components(step)
     if _known(step, {"TruncatedSVD", "GaussianRandomProjection", "SparseRandomProjection"}):

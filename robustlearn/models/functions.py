@@ -48,7 +48,7 @@ class FunctionModel(Model):
         for as_torch in (False, True):
             try:
                 self._call(x, as_torch)
-            except Exception as error:  # noqa: BLE001 - the user's code may raise anything
+            except Exception as error:
                 failed.append(f"{type(error).__name__}: {error}")
             else:
                 return as_torch

@@ -14,6 +14,10 @@ from robustlearn.models.base import Model
 class Standardize(nn.Module):
     """(x − shift) / divisor + offset, feature by feature, for (n, d) input."""
 
+    shift: Tensor
+    divisor: Tensor
+    offset: Tensor
+
     def __init__(self, shift: Any, divisor: Any, offset: Any) -> None:
         super().__init__()
         for name, value in (("shift", shift), ("divisor", divisor), ("offset", offset)):
