@@ -13,6 +13,8 @@ import typer
 import robustlearn
 from robustlearn.errors import InputError
 
+INTERRUPTED = 130  # as shells have it for Ctrl-C
+
 app = typer.Typer(
     name="robustlearn",
     help="How robust is a classifier? Certified ≤ true ≤ attacked.",
@@ -28,8 +30,7 @@ def run(arguments: list[str]) -> int:
     try:
         result = app(arguments, prog_name="robustlearn", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        _say("stopped; an evaluation with --out goes on if you give the command with --resume")
-        return 130
+        result = INTERRUPTED
     except (InputError, OSError) as error:
         _say(f"error: {error}")
         return 2
@@ -40,6 +41,8 @@ def run(arguments: list[str]) -> int:
         traceback.print_exc()
         _say("error: this is a fault of robustlearn; please report it with the lines above")
         return 1
+    if result == INTERRUPTED:
+        _say("stopped; an evaluation with --out goes on if you give the command with --resume")
     return result if isinstance(result, int) else 0
 
 

@@ -447,7 +447,7 @@ def _points(x: Any, threat: LpBall) -> Tensor:
 
 def _labels(model: Model, x: Tensor, y: Any) -> Tensor:
     """Return labels as column numbers, or targets as floats; everything about them is checked."""
-    array = y.detach().cpu().numpy() if isinstance(y, Tensor) else np.asarray(y)
+    array = np.array(y.detach().cpu() if isinstance(y, Tensor) else y)
     if array.ndim == 2 and array.shape[1] == 1:
         array = array[:, 0]
     if array.shape != (len(x),):

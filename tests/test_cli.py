@@ -1,0 +1,264 @@
+"""The command line as a user meets it: answers, exit statuses, and what it refuses to do."""
+
+import csv
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+import time
+
+import joblib
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_iris
+from sklearn.linear_model import LogisticRegression
+
+import robustlearn
+from robustlearn.cli import run
+
+MODULE = """
+import numpy as np, torch
+from torch import nn
+from sklearn.datasets import load_iris
+from sklearn.linear_model import LogisticRegression, Ridge
+
+def build():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3))
+
+def linear():
+    return LogisticRegression(max_iter=1000).fit(*load_iris(return_X_y=True))
+
+ready = linear()
+
+def scores(x):
+    return np.c_[x[:, 0], x[:, 1], x[:, 2]]
+
+def broken():
+    raise RuntimeError("no weights here")
+
+def regressor():
+    x, y = load_iris(return_X_y=True)
+    return Ridge().fit(x, x[:, 0] + 0.5 * y)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "my_module.py").write_text(MODULE)
+    x, y = load_iris(return_X_y=True)
+    np.savez(tmp_path / "data.npz", x=x, y=y)
+    table = np.c_[x, x[:, 0] + 0.5 * y]
+    np.savetxt(tmp_path / "t.csv", table, delimiter=",", header="a,b,c,d,t", comments="")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def evaluate(model="my_module.py:linear", *more, data="data.npz", eps="3/10"):
+    return run(
+        ["evaluate", "--model", model, "--data", data, "--norm", "l2", "--eps", eps, *more]
+    )
+
+
+def test_help_is_fast_and_does_not_load_torch():
+    command = [sys.executable, "-X", "importtime", "-m", "robustlearn", "--help"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "evaluate" in answer.stdout
+    assert "torch" not in answer.stderr
+    taken = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "robustlearn", "--help"], stdout=-3, check=True)
+        taken.append(time.perf_counter() - start)
+    assert min(taken) < 0.5
+
+
+def test_version_and_attacks(capsys):
+    assert run(["--version"]) == 0
+    assert robustlearn.__version__ in capsys.readouterr().out
+    assert run(["attacks"]) == 0
+    shown = capsys.readouterr().out
+    assert "linear_exact" in shown
+    assert "standard = " in shown
+    assert run(["attacks", "--json"]) == 0
+    assert {"name", "needs", "norms", "summary"} == set(json.loads(capsys.readouterr().out)[0])
+
+
+@pytest.mark.parametrize("name", ["build", "linear", "ready", "scores"])
+def test_evaluate_on_my_own_model(folder, capsys, name):
+    assert evaluate(f"my_module.py:{name}", "--out", "report", "--attacks", "quick") == 0
+    shown = capsys.readouterr()
+    assert "report/report.html" in shown.out
+    assert "clean: 150" in shown.err  # progress
+    document = json.loads((folder / "report" / "report.json").read_text())
+    assert document["evaluations"][0]["threat"]["eps"] == 0.3
+    assert (folder / "report" / "samples.csv").is_file()
+    assert document["command"].startswith("robustlearn ")
+
+
+def test_json_and_quiet(folder, capsys):
+    assert evaluate("my_module.py:linear", "--json", "--limit", "40", "--seed", "3") == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    evaluation = json.loads(shown.out)["evaluations"][0]
+    assert evaluation["clean"]["n"] == 40
+    numbers = [s["index"] for s in evaluation["samples"]]
+    assert numbers == sorted(numbers)
+    assert max(numbers) > 40  # a random part, not the first rows
+    labels = load_iris().target[numbers]
+    assert [s["label"] for s in evaluation["samples"]] == labels.tolist()
+    assert evaluation["certified"]["value"] == evaluation["attacked"]["value"]
+    assert evaluate("my_module.py:linear", "--quiet", "--attacks", "fgsm") == 0
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("", "")
+
+
+def test_a_csv_and_a_regressor(folder, capsys):
+    given = ["--target", "t", "--attacks", "fgsm,pgd:steps=5", "--json"]
+    assert evaluate("my_module.py:regressor", *given, data="t.csv") == 0
+    evaluation = json.loads(capsys.readouterr().out)["evaluations"][0]
+    assert evaluation["task"] == "regression"
+    assert evaluation["feature_names"] == ["a", "b", "c", "d"]
+    assert evaluation["clean"]["value"] <= evaluation["attacked"]["value"]
+    assert evaluation["attacked"]["value"] <= evaluation["certified"]["value"] * (1 + 1e-9)
+
+
+def test_certify(folder, capsys):
+    command = ["certify", "--data", "iris", "--norm", "linf", "--eps", "1/10"]
+    assert run([*command, "--model", "my_module.py:linear", "--out", "rows.csv"]) == 0
+    assert "linear, exact" in capsys.readouterr().out
+    with open("rows.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 150
+    assert float(rows[0]["radius"]) > 0
+    assert run([*command, "--model", "my_module.py:linear", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["exact"] is True
+    assert result["certified"] == np.mean([float(r["radius"]) > 0.1 for r in rows])
+    assert run([*command, "--model", "my_module.py:regressor"]) == 0
+    assert "width of the prediction interval" in capsys.readouterr().out
+    assert run([*command, "--model", "my_module.py:scores"]) == 2
+    assert "no certificate applies to scores" in capsys.readouterr().err
+
+
+def test_resume(folder, capsys):
+    assert evaluate("my_module.py:build", "--out", "r", "--attacks", "fgsm") == 0
+    first = json.loads((folder / "r" / "report.json").read_text())
+    assert evaluate("my_module.py:build", "--out", "r", "--attacks", "fgsm", "--resume") == 0
+    again = json.loads((folder / "r" / "report.json").read_text())
+    assert again["evaluations"][0]["samples"] == first["evaluations"][0]["samples"]
+    assert evaluate("my_module.py:linear", "--out", "r", "--attacks", "fgsm", "--resume") == 2
+    assert "changed since; go on with what was asked then" in capsys.readouterr().err
+    assert evaluate("my_module.py:linear", "--out", "r", "--attacks", "fgsm") == 0  # starts anew
+    assert evaluate("my_module.py:build", "--resume") == 2
+    assert "--resume goes with --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "nothing.py:build"], "there is no file nothing.py"),
+        (["--model", "nothing"], "there is no model 'nothing'"),
+        (["--model", "my_module.py"], "say which model of my_module.py"),
+        (["--model", "my_module.py:net"], "there is no 'net'; there are:"),
+        (["--model", "my_module.py:broken"], "RuntimeError: no weights here"),
+        (["--model", "no_such_package.x:net"], "importing no_such_package.x failed"),
+        (["--data", "nothing.npz"], "there is no data file"),
+        (["--data", "wine"], "batch of shape"),
+        (["--eps", "8/0"], "not a number or a fraction"),
+        (["--eps", "-1"], "eps must be finite and not negative"),
+        (["--norm", "l0.5"], "p must be a number from 1"),
+        (["--norm", "max"], "the norm must be linf"),
+        (["--lower", "0", "--upper", "1"], "data outside the box"),
+        (["--attacks", "fgsm,magic"], "no attack named 'magic'"),
+        (["--device", "toaster"], "cannot be used"),
+        (["--certify", "magic"], "no certificate named 'magic'"),
+        (["--limit", "0"], "0 is not in the range|greater than or equal to 1"),
+        (["--what"], "No such option|no such option"),
+        (["--out", "/proc/nothing/here", "--attacks", "fgsm"], "/proc/nothing"),
+    ],
+)
+def test_what_the_user_can_mend_exits_with_two(folder, capfd, arguments, message):
+    given = {"--model": "my_module.py:build", "--data": "data.npz", "--eps": "0.1"}
+    given |= dict(zip(arguments[::2], [*arguments[1::2], ""], strict=False))
+    assert run(["evaluate", *(part for pair in given.items() for part in pair if part)]) == 2
+    shown = capfd.readouterr().err
+    assert re.search(message, " ".join(shown.split()))
+    assert "fault of robustlearn" not in shown
+
+
+def test_our_own_faults_exit_with_one(folder, monkeypatch, capsys):
+    from robustlearn import data
+
+    def fault(*args, **kwargs):
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr(data, "load", fault)
+    assert evaluate() == 1
+    assert "this is a fault of robustlearn; please report" in capsys.readouterr().err
+
+
+class Evil:
+    """A pickle that runs code."""
+
+    def __reduce__(self):
+        return (os.system, ("touch pwned",))
+
+
+@pytest.mark.parametrize("kind", ["pickle", "joblib", "torch"])
+def test_nothing_is_unpickled_unless_allowed(folder, capsys, kind):
+    model = LogisticRegression(max_iter=1000).fit(*load_iris(return_X_y=True))
+    for thing, name in ((Evil(), "evil"), (model, "model")):
+        path = folder / f"{name}.bin"
+        if kind == "torch":
+            torch.save(thing, path)
+        elif kind == "joblib":
+            joblib.dump(thing, path)
+        else:
+            path.write_bytes(pickle.dumps(thing))
+        assert evaluate(str(path)) == 2
+        assert "Unpickling runs whatever code the file contains" in capsys.readouterr().err
+        assert not (folder / "pwned").exists()
+    with pytest.warns(UserWarning, match="this runs the code that the file contains"):
+        assert evaluate(str(path), "--allow-pickle", "--attacks", "fgsm") == 0
+    torch.save({"weight": torch.ones(2)}, folder / "weights.pt")
+    with pytest.warns(UserWarning, match="unpickling"):
+        assert evaluate("weights.pt", "--allow-pickle") == 2
+    assert "holds a dictionary (weights?), not a model" in capsys.readouterr().err
+
+
+def test_pickled_data_is_refused(folder, capsys):
+    np.savez("evil.npz", x=np.array([Evil()], dtype=object), y=np.zeros(1))
+    assert evaluate(data="evil.npz") == 2
+    assert "object arrays are pickles" in capsys.readouterr().err
+    assert not (folder / "pwned").exists()
+
+
+def test_an_interrupt_says_how_to_go_on(folder, monkeypatch, capsys):
+    from robustlearn import data
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "load", interrupted)
+    assert evaluate() == 130
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_the_demo_in_small(folder, capsys):
+    start = time.perf_counter()
+    assert run(["demo", "--limit", "60", "--out", "robustness-report"]) == 0
+    assert time.perf_counter() - start < 120
+    shown = capsys.readouterr()
+    assert "DigitsNet" in shown.out
+    assert "training the network: 20" in shown.err
+    document = json.loads((folder / "robustness-report" / "report.json").read_text())
+    network, pipeline = document["evaluations"]
+    assert network["certified"] is None
+    assert pipeline["certified"]["value"] == pipeline["attacked"]["value"]
+    assert network["attacked"]["value"] < network["clean"]["value"]
+    for name in ("report.html", "samples.csv", "adversarial.npz"):
+        assert (folder / "robustness-report" / name).is_file()
