@@ -46,8 +46,12 @@ def flat(x: Tensor) -> Tensor:
 
 def per_sample(values: Tensor | float, like: Tensor) -> Tensor:
     """Shape a number, or one number per sample, so that it broadcasts against ``like``."""
-    column = torch.as_tensor(values, dtype=like.dtype, device=like.device)
-    return column.reshape(-1, *[1] * (like.dim() - 1))
+    return column(torch.as_tensor(values, dtype=like.dtype, device=like.device), like)
+
+
+def column(values: Tensor, like: Tensor) -> Tensor:
+    """Shape one entry per sample so that it broadcasts against ``like``, its dtype kept."""
+    return values.reshape(-1, *[1] * (like.dim() - 1))
 
 
 def level(weight: Tensor, cap: Tensor, target: Tensor, sweeps: int = 12) -> Tensor:
@@ -122,7 +126,7 @@ def keys(generator: torch.Generator | Tensor | int | None, like: Tensor) -> Tens
 def fold(keys: Tensor, number: int | Tensor) -> Tensor:
     """Mix a number, or one number per sample, into the keys: new, unrelated keys."""
     number = torch.as_tensor(number, dtype=torch.int64, device=keys.device)
-    return _mix(_mix(keys) + (number + 1) * GOLDEN)
+    return _mix(keys + (number + 1) * GOLDEN)
 
 
 def uniform(keys: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

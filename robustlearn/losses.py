@@ -16,18 +16,21 @@ from torch.nn import functional
 from robustlearn.errors import InputError
 
 Function = Callable[[Tensor, Tensor], Tensor]
+Look = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Loss:
     """A per-sample loss with the direction in which the adversary pushes it.
 
-    Call it for its value; `objective` is what the adversary maximises, and `broken` tells
-    where it has won.
+    Call it for its value; `objective` is what the adversary maximises, `look` gives that and its
+    derivative by the output, and `broken` tells where the adversary has won.
     """
 
-    def __init__(self, function: Function, *, ascend: bool, won: Function | None) -> None:
+    def __init__(
+        self, function: Function, *, ascend: bool, won: Function | None, look: Look | None = None
+    ) -> None:
         functools.update_wrapper(self, function)
-        self.function, self.ascend, self._won = function, ascend, won
+        self.function, self.ascend, self._won, self._look = function, ascend, won, look
         self.name = function.__name__
         self.task = "classification" if won is not None else "regression"
 
@@ -38,6 +41,16 @@ class Loss:
     def objective(self, output: Tensor, y: Tensor) -> Tensor:
         """Return what the adversary maximises: the loss, or minus a margin."""
         return self.function(output, y) if self.ascend else -self.function(output, y)
+
+    def look(self, output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the objective (n,) and its derivative by the output, in the output's shape."""
+        if self._look is not None and output.dim() == 2 and output.shape[1] >= 2:
+            return self._look(output, y)
+        with torch.enable_grad():
+            point = output.detach().requires_grad_()
+            value = self.objective(point, y)
+            (slope,) = torch.autograd.grad(value.sum(), point, allow_unused=True)
+        return value.detach(), torch.zeros_like(output) if slope is None else slope
 
     def broken(self, output: Tensor, y: Tensor) -> Tensor:
         """Tell where the adversary has won, shape (n,) bool; nowhere for a regression loss."""
@@ -52,11 +65,13 @@ class Loss:
 LOSSES: dict[str, Loss] = {}
 
 
-def loss(*, ascend: bool, won: Function | None) -> Callable[[Function], Loss]:
-    """Make a `Loss` of a function and file it under its name."""
+def loss(
+    *, ascend: bool, won: Function | None, look: Look | None = None
+) -> Callable[[Function], Loss]:
+    """Make a `Loss` of a function and file it under its name; ``look`` spares it autograd."""
 
     def decorate(function: Function) -> Loss:
-        made = Loss(function, ascend=ascend, won=won)
+        made = Loss(function, ascend=ascend, won=won, look=look)
         return LOSSES.setdefault(made.name, made)
 
     return decorate
@@ -89,7 +104,23 @@ def _gap(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return own - rival, z
 
 
-@loss(ascend=False, won=misclassified)
+def _look_closest(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """max_{j≠y} z_j − z_y and its slope e_rival − e_y; a tie counts as zero."""
+    own = y[:, None]
+    top, rival = logits.scatter(1, own, -torch.inf).max(1, keepdim=True)
+    slope = torch.zeros_like(logits).scatter_(1, rival, 1.0).scatter_(1, own, -1.0)
+    return (top - logits.gather(1, own)).squeeze(1), slope
+
+
+def _look_likely(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """max_{j≠y} z_j − z_y, and the slope Σ_{j≠y} softmax_j e_j − e_y of the `log_odds`."""
+    own = y[:, None]
+    rivals = logits.scatter(1, own, -torch.inf)
+    value = (rivals.amax(1, keepdim=True) - logits.gather(1, own)).squeeze(1)
+    return value, rivals.softmax(1).scatter_(1, own, -1.0)
+
+
+@loss(ascend=False, won=misclassified, look=_look_closest)
 def margin(logits: Tensor, y: Tensor) -> Tensor:
     """z_y − max_{j≠y} z_j: negative exactly where the prediction is not y.
 
@@ -97,10 +128,11 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
     is the smallest negative number. Where an output is NaN nothing is predicted: −∞.
     """
     gap, z = _gap(logits, y)
-    tiny = torch.finfo(z.dtype).tiny
     with torch.no_grad():
-        tie = gap == 0
-        lost = tie & misclassified(z, y) if bool(tie.any()) else tie
+        if float(gap.abs().min()) > 0:  # neither a tie nor NaN, as almost always
+            return gap
+        lost = (gap == 0) & misclassified(z, y)
+    tiny = torch.finfo(z.dtype).tiny
     return torch.where(gap.isnan(), -torch.inf, torch.where(lost, gap - tiny, gap))
 
 
@@ -118,6 +150,21 @@ def targeted_margin(logits: Tensor, y: Tensor) -> Tensor:
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """−log softmax(z)_y."""
     return functional.cross_entropy(two_columns(logits), y, reduction="none")
+
+
+@loss(ascend=True, won=misclassified)
+def log_odds(logits: Tensor, y: Tensor) -> Tensor:
+    """log Σ_{j≠y} e^{z_j} − z_y: cross-entropy's direction, at a length that never vanishes.
+
+    The cross-entropy is log(1 + e^u) of it, whose slope is lost where the logits are saturated.
+    """
+    z = two_columns(logits)
+    own = z.gather(1, y[:, None]).squeeze(1)
+    return z.scatter(1, y[:, None], -torch.inf).logsumexp(1) - own
+
+
+soft_margin = Loss(margin.function, ascend=False, won=misclassified, look=_look_likely)
+"""The margin by value, the log-odds by slope: all rivals pull, the closest counts."""
 
 
 @loss(ascend=False, won=reached)

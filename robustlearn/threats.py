@@ -6,6 +6,7 @@ on ``norm, support, argmax, project, sample``, so that a new threat works with a
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from robustlearn import _tensor
-from robustlearn._tensor import flat, level, per_sample
+from robustlearn._tensor import column, flat, level, per_sample
 from robustlearn.errors import InputError
 
 ROUNDING = 2.0**-46  # relative room that `restrict` leaves for the rounding of a float64 norm
@@ -138,10 +139,12 @@ class LpBall:
         -------
         (n, *shape) in the dtype of ``g``.
         """
-        gain, eps = self.gain(g), self._eps(g)
         room = self.room(g, x)
+        if math.isinf(self.p) and room is None and self.scale is None:
+            return g.sign() * (self.eps if isinstance(self.eps, float) else per_sample(self.eps, g))
+        gain, eps = self.gain(g), self._eps(g)
         if math.isinf(self.p):
-            spent = eps[:, None] * (gain > 0)
+            spent = eps[:, None].expand_as(gain)
             spent = spent if room is None else torch.minimum(spent, room)
         elif self.p == 1:
             spent = _knapsack(gain, room, eps)
@@ -165,15 +168,38 @@ class LpBall:
         ------
         InputError for another p.
         """
-        walls, units, eps = self._walls(delta, x), self._units(delta), self._eps(delta)[:, None]
-        wanted = flat(delta)
-        if walls is not None:
-            wanted = wanted.clamp(*walls)
+        return self.projector(delta, x)(delta)
+
+    def projector(self, like: Tensor, x: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+        """Return `project` around fixed points: what depends on x alone is worked out once.
+
+        Parameters
+        ----------
+        like : (n, *shape) a batch of the shape, dtype and device of what is to be projected.
+        x : the points; ``like`` itself by default.
+        """
+        x = like if x is None else x
+        walls, units, eps = self._walls(like, x), self._units(like), self._eps(like)[:, None]
         if math.isinf(self.p):
             reach = eps if units is None else eps * units
-            return wanted.clamp(-reach, reach).reshape(delta.shape)
+            low, high = (-reach, reach) if walls is None else walls
+            low, high = torch.maximum(low, -reach), torch.minimum(high, reach)
+            shape = like.shape if low.numel() == like.numel() else (-1, *[1] * (like.dim() - 1))
+            low, high = low.reshape(shape), high.reshape(shape)
+            return lambda delta: delta.clamp(low, high)
         if self.p not in (1, 2):
             raise InputError(f"project knows p = 1, 2 and inf, not {self.p}")
+        return lambda delta: self._nearest(delta, walls, units, eps)
+
+    def _nearest(
+        self,
+        delta: Tensor,
+        walls: tuple[Tensor, Tensor] | None,
+        units: Tensor | None,
+        eps: Tensor,
+    ) -> Tensor:
+        """Project for p = 1 and 2."""
+        wanted = flat(delta) if walls is None else flat(delta).clamp(*walls)
         if units is not None:
             wanted = torch.where(units > 0, wanted, 0)
         size = self.norm(wanted.reshape(delta.shape))[:, None]
@@ -191,6 +217,15 @@ class LpBall:
             nearest = _project_ellipsoid(size, room, units, eps)
         nearest = nearest * wanted.sign()
         return torch.where(outside, nearest, wanted).reshape(delta.shape)
+
+    def inward(self, direction: Tensor, point: Tensor) -> Tensor:
+        """Return a direction without the features that stand at the wall it points at."""
+        walls = self._walls(direction, point)
+        if walls is None:
+            return direction
+        rows = flat(direction)
+        stuck = torch.where(rows > 0, walls[1], walls[0]) == 0
+        return rows.masked_fill(stuck, 0).reshape(direction.shape)
 
     def sample(
         self, like: Tensor, generator: torch.Generator | Tensor | int | None = None
@@ -226,7 +261,9 @@ class LpBall:
             drawn = drawn * per_sample(depth / size, like)
         units = self._units(like)
         stretched = flat(drawn) * self._eps(like)[:, None] * (1 if units is None else units)
-        return self.project(stretched.reshape(like.shape), like)
+        stretched = stretched.reshape(like.shape)
+        walled = self.lower is not None or self.upper is not None or self.mask is not None
+        return self.project(stretched, like) if walled else stretched
 
     # ------------------------------------------------------------------ points and checks
 
@@ -243,6 +280,10 @@ class LpBall:
         -------
         (n, *shape) in the dtype of ``x``.
         """
+        direct = x + delta.to(x.dtype)
+        inside = self.contains(x, direct)
+        if bool(inside.all()):
+            return direct
         wide = x.double()
         exact = math.isinf(self.p) and self.scale is None
         inner = self if exact else dataclasses.replace(self, eps=self.eps * (1 - ROUNDING))
@@ -261,8 +302,11 @@ class LpBall:
                 over |= reached < self._on(self.lower, wide)
             if self.upper is not None:
                 over |= reached > self._on(self.upper, wide)
+            if not bool(over.any()):
+                break
             point = torch.where(over, torch.nextafter(point, x), point)
-        return torch.where(step == 0, x, point)
+        point = torch.where(step == 0, x, point)
+        return torch.where(column(inside, x), direct, point)
 
     def contains(self, x: Tensor, point: Tensor) -> Tensor:
         """Tell for each sample, in float64 and without tolerance, whether ``point`` is allowed.
@@ -274,9 +318,9 @@ class LpBall:
         wide, reached = x.double(), point.double()
         inside = self.norm(reached - wide) <= self._eps(wide)
         if self.lower is not None:
-            inside &= flat(reached >= self._on(self.lower, wide)).all(1)
+            inside = inside & flat(reached >= self._on(self.lower, wide)).all(1)
         if self.upper is not None:
-            inside &= flat(reached <= self._on(self.upper, wide)).all(1)
+            inside = inside & flat(reached <= self._on(self.upper, wide)).all(1)
         return inside
 
     def check(self, x: Tensor) -> None:

@@ -28,6 +28,7 @@ def test_margin_is_negative_exactly_on_success(seed, classes, ties):
     assert torch.equal(losses.targeted_margin(z, y) < 0, predicted == y)
     assert torch.equal(losses.margin.broken(z, y), predicted != y)
     assert torch.equal(losses.targeted_dlr.broken(z, y), predicted == y)
+    assert (losses.log_odds(z, y) >= -losses.margin(z, y) - 1e-12).all()
     clear = losses.margin(z, y).abs() > 1e-12
     assert torch.equal((losses.dlr(z, y) > 0)[clear], (predicted != y)[clear])
     assert torch.equal((losses.scaled_margin(z, y) < 0)[clear], (predicted != y)[clear])
@@ -54,6 +55,12 @@ def test_gradients_match_finite_differences(name, classes):
     assert torch.autograd.gradcheck(lambda v: losses.LOSSES[name](v, y), z)
     value = losses.LOSSES[name](z, y)
     assert value.shape == (6,)
+    objective = losses.LOSSES[name].objective(z, y)
+    (slope,) = torch.autograd.grad(objective.sum(), z)
+    looked = losses.LOSSES[name].look(z.detach(), y)
+    torch.testing.assert_close(looked, (objective.detach(), slope))
+    odds = losses.log_odds.look(z.detach(), y)[1]
+    torch.testing.assert_close(losses.soft_margin.look(z.detach(), y)[1], odds)
     sign = 1 if losses.LOSSES[name].ascend else -1
     assert torch.equal(losses.LOSSES[name].objective(z, y), sign * value)
 
@@ -66,6 +73,8 @@ def test_values_from_the_definitions():
     np.testing.assert_allclose(losses.scaled_margin(z, y), [-2 / 6])
     np.testing.assert_allclose(losses.targeted_dlr(z, y), [-2 / (4 - (1 - 1) / 2)])
     np.testing.assert_allclose(losses.cross_entropy(z, y), -z.log_softmax(1)[:, 2])
+    odds = losses.log_odds(z, y)
+    torch.testing.assert_close(odds.exp().log1p(), losses.cross_entropy(z, y))
 
 
 def test_one_logit_is_binary_cross_entropy():

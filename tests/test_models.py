@@ -173,7 +173,7 @@ def test_other_estimators_are_black_boxes_with_their_own_predictions():
             logits = model(torch.as_tensor(X))
         np.testing.assert_array_equal(logits.argmax(1), estimator.predict(X))
         with pytest.raises(InputError, match="black box: it has no gradient"):
-            model.gradient(torch.as_tensor(X), torch.as_tensor(Y), losses.margin.objective)
+            model.gradient(torch.as_tensor(X), torch.as_tensor(Y), losses.margin)
     forest = fitted(ensemble.RandomForestRegressor(5), X, TARGET)
     np.testing.assert_allclose(rl.wrap(forest)(torch.as_tensor(X)), forest.predict(X))
 
@@ -351,13 +351,13 @@ def test_a_call_leaves_no_trace(untouched):
     kept = x.clone()
     model = rl.wrap(module)
     first, again = model(x), model(x)
-    gradient, value, _ = model.gradient(x, y, losses.margin.objective)
+    gradient, _, output = model.gradient(x, y, losses.margin)
     with pytest.raises(ModelError):
         model(torch.rand(20, 5, generator=torch.Generator()))
     assert torch.equal(first, again)  # its own randomness is pinned
     assert gradient.shape == x.shape
     assert gradient.abs().sum() > 0
-    assert not value.requires_grad
+    assert not output.requires_grad
     assert torch.equal(x, kept)
     assert not x.requires_grad
     assert [m.training for m in module.modules()] == modes
@@ -372,7 +372,7 @@ def test_gradients_are_right_and_counted():
     module = net(nn.Linear(8, 3)).double()
     x, y = torch.rand(5, 13, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
     model = rl.wrap(module)
-    gradient, _, _ = model.gradient(x, y, losses.margin.objective)
+    gradient, _, _ = model.gradient(x, y, losses.margin)
     step = 1e-6
     for j in (0, 7):
         bumped = x.clone()
@@ -385,7 +385,7 @@ def test_gradients_are_right_and_counted():
 def test_a_detached_network_is_told():
     model = rl.wrap(nn.Sequential(nn.Flatten(), Detached(), nn.Linear(13, 3)))
     with pytest.raises(ModelError, match="no gradient flows"):
-        model.gradient(torch.rand(4, 13), torch.zeros(4).long(), losses.margin.objective)
+        model.gradient(torch.rand(4, 13), torch.zeros(4).long(), losses.margin)
 
 
 class Detached(nn.Module):

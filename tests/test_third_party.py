@@ -54,16 +54,17 @@ def test_wong2018_is_attacked_at_least_as_well_as_by_its_authors(zoo, data_folde
     """L∞ 0.1 on MNIST: 4.1% error under PGD, 5.8% certified error (repository README)."""
     x, y = images(data_folder, "mnist")
     threat = rl.LpBall(math.inf, 0.1, lower=0.0, upper=1.0)
-    report = rl.evaluate(
-        zoo.load("wong2018_mnist_eps0.1"),
-        x,
-        y,
-        threat,
-        attacks=["fgsm", ("pgd", {"steps": 40})],
-        batch_size=500,
-    )
-    error = 1 - report.attacked.value
-    assert 0.041 - 0.0005 <= error <= 0.058  # the authors' figures are rounded
+    net = zoo.load("wong2018_mnist_eps0.1")
+    first = ["fgsm", ("pgd", {"steps": 20})]
+    report = rl.evaluate(net, x, y, threat, attacks=first, batch_size=500)
+    standing = [s for s in report.samples if s.clean_correct and s.broken_by is None]
+    nearest = sorted(standing, key=lambda s: s.attacked_margin)[:300]  # the rest is far off
+    rows = torch.tensor([s.index for s in nearest])
+    second = [("pgd", {"steps": 40, "restarts": 4})]
+    more = rl.evaluate(net, x[rows], y[rows], threat, attacks=second)
+    broken = len(rows) * (1 - more.attacked.value)
+    error = 1 - report.attacked.value + broken / len(x)
+    assert 0.041 <= error <= 0.058
 
 
 def test_what_verifiers_prove_is_never_broken(zoo, data_folder):

@@ -41,15 +41,14 @@ def attack(*, needs: Needs, norms: str = "any") -> Callable[[Attack], Attack]:
             model = wrap(model)
             if len(x) == 0:
                 return x.clone()
-            model.settle(x, y)
             threat.check(x)
             reason = unsuitable(name, model, threat, tuple(x.shape[1:]))
             if reason is not None:
                 raise InputError(reason)
-            if model.task == "classification":
-                y = y.long()
             with model.session(), torch.no_grad():
-                return function(model, x.detach(), y, threat, **options)
+                model.settle(x, y)
+                labels = y.long() if model.task == "classification" else y
+                return function(model, x.detach(), labels, threat, **options)
 
         ATTACKS.register(name, needs=needs, norms=norms)(run)
         return run

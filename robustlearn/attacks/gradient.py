@@ -1,14 +1,15 @@
 """Attacks that follow the gradient of a loss: one step, or many with projection."""
 
+import copy
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from robustlearn import _tensor, losses
-from robustlearn._tensor import flat
+from robustlearn._tensor import column, flat
 from robustlearn.attacks.base import attack
 from robustlearn.errors import InputError
 from robustlearn.models import Model
@@ -42,7 +43,7 @@ def fgsm(model: Model, x: Tensor, y: Tensor, threat: LpBall, *, loss: Any = None
     tensor([[0.1000, 0.1000]])
     """
     chosen = losses.get(loss, str(model.task))
-    gradient, _, _ = model.gradient(x, y, chosen.objective)
+    gradient, _, _ = model.gradient(x, y, chosen)
     return threat.restrict(x, threat.argmax(gradient, x))
 
 
@@ -70,7 +71,10 @@ def pgd(
 
     Parameters
     ----------
-    x, y, loss : as for `fgsm`.
+    x, y : as for `fgsm`.
+    loss : name, `Loss` or function. By default a classifier is attacked by its log-odds in the
+        first half of the steps and by its margin in the second: all rivals at first, then the
+        closest; a regressor by its squared error.
     steps : gradients a sample and restart; the last point costs one more forward pass.
     step_size : the first α, in units of ε; by default 2, and 4 for p = 1.
     schedule : ``"constant"``, or ``"cosine"``: at step k of n α is scaled by (1 + cos(πk/n))/2,
@@ -93,8 +97,8 @@ def pgd(
 
     Notes
     -----
-    Source: Madry et al. (2018); for the rival classes Gowal et al. (2019). The default loss is
-    the margin: unlike cross-entropy it does not vanish where the logits are saturated.
+    Source: Madry et al. (2018); for the rival classes Gowal et al. (2019). Log-odds and margin
+    keep their gradient where the logits are saturated and that of cross-entropy vanishes.
 
     Examples
     --------
@@ -108,78 +112,153 @@ def pgd(
         raise InputError(f"steps and restarts start at 1; got {steps} and {restarts}")
     if schedule not in ("cosine", "constant"):
         raise InputError(f"schedule must be cosine or constant; got {schedule!r}")
-    chosen = losses.get(loss, str(model.task))
+    final = losses.get(loss, str(model.task))
     keys = _tensor.keys(generator, x)
-    best = _Best(x, chosen, stop_when_broken)
-    directions = _directions(model, x, y, chosen) if restarts > 1 else []
+    directions = _directions(model, x, y, final) if restarts > 1 else []
+    climbs = [final] * steps
+    if loss is None and final is losses.margin:
+        climbs[: steps // 2] = [losses.soft_margin] * (steps // 2)
     first = (4.0 if threat.p == 1 else 2.0) if step_size is None else step_size
+    sizes: list[float | None] = [first] * steps
+    if schedule == "cosine":
+        sizes = [first * (1 + math.cos(math.pi * k / steps)) / 2 for k in range(steps - 1)]
+        sizes.append(None)
+    best, value = x.clone(), torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
+    rows = torch.arange(len(x), device=x.device)
     for restart in range(restarts):
-        rows = best.standing()
         if len(rows) == 0:
             break
-        around, labels, held = x[rows], y[rows], threat.select(rows)
-        goal = directions[(restart - 1) % len(directions)][rows] if restart and directions else None
-        delta, velocity = torch.zeros_like(around), torch.zeros_like(around)
+        held, around = threat.select(rows), x[rows]
+        delta = torch.zeros_like(around)
         if restart or (random_start and model.task == "classification"):
             delta = held.sample(around, _tensor.fold(keys[rows], restart))
-        for step in range(steps):
-            objective = chosen.objective if goal is None else _along(goal)
-            gradient, value, output = model.gradient(around + delta, labels, objective)
-            if goal is not None:
-                value = chosen.objective(output, labels)
-            going = best.record(rows, around + delta, value, output, labels)
-            if going is not None:
-                rows, around, labels = rows[going], around[going], labels[going]
-                delta, velocity, gradient = delta[going], velocity[going], gradient[going]
-                held = held.select(going)
-                if len(rows) == 0:
-                    break
-                goal = None if goal is None else goal[going]
-            velocity = gradient if momentum == 0 else momentum * velocity + _unit(gradient)
-            if schedule == "cosine" and step == steps - 1:
-                delta = held.argmax(velocity, around)
-                continue
-            wave = (1 + math.cos(math.pi * step / steps)) / 2 if schedule == "cosine" else 1.0
-            move = _steepest(held, velocity, around + delta, first * wave)
-            delta = held.project(delta + move, around)
-        if len(rows):
-            output = model(around + delta)
-            best.record(rows, around + delta, chosen.objective(output, labels), output, labels)
-    return threat.restrict(x, best.point - x)
+        goal = directions[(restart - 1) % len(directions)][rows] if restart and directions else None
+        path = _Path(rows, around, y[rows], delta, goal, momentum)
+        left = _climb(model, path, held, final, climbs, sizes, stop_when_broken)
+        for done in left:
+            better = done.value > value[done.rows]
+            better |= done.broken
+            best[done.rows[better]] = done.best[better]
+            value[done.rows[better]] = done.value[better]
+        rows = left[-1].rows[~left[-1].broken]
+    return threat.restrict(x, best - x)
 
 
-class _Best:
-    """The best point so far of every sample, and which samples stand."""
+class _Path:
+    """Samples on their way, one row of every tensor each, and the best points they passed."""
 
-    def __init__(self, x: Tensor, loss: losses.Loss, stop: bool) -> None:
-        self.loss, self.stop = loss, stop
-        self.point = x.clone()
-        self.value = torch.full((len(x),), -torch.inf, device=x.device, dtype=x.dtype)
+    def __init__(
+        self,
+        rows: Tensor,
+        x: Tensor,
+        y: Tensor,
+        delta: Tensor,
+        goal: Tensor | None,
+        momentum: float,
+    ) -> None:
+        self.rows, self.x, self.y, self.delta, self.goal = rows, x, y, delta, goal
+        self.best, self.value = x, torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
         self.broken = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self.momentum, self.velocity = momentum, torch.zeros_like(x) if momentum else None
 
-    def standing(self) -> Tensor:
-        """Rows that are still to be attacked."""
-        return (~self.broken).nonzero().squeeze(1)
+    def record(self, point: Tensor, value: Tensor, broken: Tensor | None) -> None:
+        """Keep the better points; a break counts, whatever the loss says."""
+        better = value > self.value
+        self.value = torch.maximum(self.value, value.to(self.value.dtype))
+        if broken is not None:
+            self.broken, better = broken, better | broken
+        self.best = torch.where(column(better, point), point, self.best)
 
-    def record(
-        self, rows: Tensor, point: Tensor, value: Tensor, output: Tensor, y: Tensor
-    ) -> Tensor | None:
-        """Keep what is better; return which of the rows go on, or None for all of them."""
-        better = value > self.value[rows]
-        broken = self.loss.broken(output, y) if self.stop else torch.zeros_like(better)
-        better |= broken  # a break counts, whatever the loss says
-        everyone = len(rows) == len(self.point)
-        kept = self.point if everyone else self.point[rows]
-        kept = torch.where(better.reshape(-1, *[1] * (point.dim() - 1)), point, kept)
-        if everyone:
-            self.point = kept
+    def part(self, index: Tensor) -> "_Path":
+        """Return some of the samples."""
+        piece = copy.copy(self)
+        for name, held in vars(self).items():
+            if isinstance(held, Tensor):
+                setattr(piece, name, held[index])
+        return piece
+
+    def push(self, gradient: Tensor) -> Tensor:
+        """Return the gradient, or with momentum the velocity that it adds to."""
+        if self.velocity is None:
+            return gradient
+        self.velocity = self.momentum * self.velocity + _unit(gradient)
+        return self.velocity
+
+
+def _climb(
+    model: Model,
+    path: _Path,
+    threat: LpBall,
+    final: losses.Loss,
+    climbs: list[losses.Loss],
+    sizes: list[float | None],
+    stop: bool,
+) -> list[_Path]:
+    """Ascend; return the samples in the groups in which they left, the last group last.
+
+    ``climbs`` are what each step follows (the goal of the path, if it has one, comes first), and
+    ``final`` is what counts. A size of None is the step to the argmax of the threat.
+    """
+    left = []
+    step = _Stepper(threat, path.x)
+    for climb, size in zip([*climbs, None], [*sizes, None], strict=True):
+        point, gradient = path.x + path.delta, None
+        if climb is None:  # the end of the last step
+            output = model(point)
+            value, _ = final.look(output, path.y)
         else:
-            self.point[rows] = kept
-        self.value[rows] = torch.where(better, value.to(self.value.dtype), self.value[rows])
-        if not bool(broken.any()):
-            return None
-        self.broken[rows] |= broken
-        return (~broken).nonzero().squeeze(1)
+            goal = climb if path.goal is None else _Along(path.goal, final)
+            gradient, value, output = model.gradient(point, path.y, goal)
+        broken = None
+        if stop:  # the sign of the margin tells, and NaN is no prediction
+            margin = final is losses.margin
+            broken = ~(value <= 0) if margin else final.broken(output, path.y)
+        path.record(point, value, broken)
+        if gradient is None:
+            break
+        if stop and bool(path.broken.any()):
+            going = (~path.broken).nonzero().squeeze(1)
+            left.append(path.part(path.broken))
+            path, point, gradient = path.part(going), point[going], gradient[going]
+            if len(going) == 0:
+                break
+            threat = threat.select(going)
+            step = _Stepper(threat, path.x)
+        path.delta = step(path.delta, path.push(gradient), point, size)
+    return [*left, path]
+
+
+class _Stepper:
+    """δ ← project(δ + size·steepest(direction)) around fixed points."""
+
+    def __init__(self, threat: LpBall, x: Tensor) -> None:
+        self.threat, self.x = threat, x
+        self.project = threat.projector(x)
+        self.free = replace(threat, lower=None, upper=None, mask=None)
+        plain = isinstance(threat.eps, float) and threat.scale is None
+        # for p = ∞ the length of a step does not depend on its direction
+        self.length = threat.eps if plain else self.free.argmax(torch.ones_like(x))
+        self.steepest = {math.inf: self._signs, 1: self._few}.get(threat.p, self._inward)
+
+    def __call__(
+        self, delta: Tensor, direction: Tensor, point: Tensor, size: float | None
+    ) -> Tensor:
+        """Return the next δ; for a size of None the argmax of the threat."""
+        if size is None:
+            return self.threat.argmax(direction, self.x)
+        return self.project(self.steepest(direction, point, size).add_(delta))
+
+    def _signs(self, direction: Tensor, point: Tensor, size: float) -> Tensor:
+        """p = ∞: no feature takes anything from another, so the projection minds the walls."""
+        return direction.sign().mul_(self.length * size)
+
+    def _few(self, direction: Tensor, point: Tensor, size: float) -> Tensor:
+        """p = 1: fill features up to their walls, or the step is spent on one that is stuck."""
+        return replace(self.threat, eps=self.threat.eps * size).argmax(direction, point)
+
+    def _inward(self, direction: Tensor, point: Tensor, size: float) -> Tensor:
+        """p = 2: features that stand at the wall they are pushed at are left out."""
+        return self.free.argmax(self.threat.inward(direction, point)).mul_(size)
 
 
 def _directions(model: Model, x: Tensor, y: Tensor, loss: losses.Loss) -> list[Tensor]:
@@ -195,9 +274,16 @@ def _directions(model: Model, x: Tensor, y: Tensor, loss: losses.Loss) -> list[T
     return [torch.zeros_like(own).scatter(1, rival[:, None], 1.0) - own for rival in order.T]
 
 
-def _along(direction: Tensor) -> Any:
-    """⟨direction, output⟩ per sample."""
-    return lambda output, y: (direction * output).reshape(len(y), -1).sum(1)
+@dataclass(frozen=True, eq=False)
+class _Along:
+    """Climb ⟨direction, output⟩, and count by the final loss."""
+
+    direction: Tensor
+    final: losses.Loss
+
+    def look(self, output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the objective of the final loss, and the direction."""
+        return self.final.objective(output, y), self.direction
 
 
 def _unit(gradient: Tensor) -> Tensor:
@@ -206,21 +292,3 @@ def _unit(gradient: Tensor) -> Tensor:
     top = rows.abs().amax(1, keepdim=True)
     rows = rows / torch.where(top > 0, top, 1)
     return (rows / rows.abs().sum(1, keepdim=True).clamp_min(1)).reshape(gradient.shape)
-
-
-def _steepest(threat: LpBall, gradient: Tensor, point: Tensor, size: float) -> Tensor:
-    """Return the step of length size·ε in the threat's norm that gains most.
-
-    For p = 1 the walls around the present point count, or the step would be spent on a feature
-    that cannot move; for p = 2 features at a wall are left out; for p = ∞ no feature takes
-    anything from another, so the projection alone is enough.
-    """
-    longer = replace(threat, eps=threat.eps * size)
-    if threat.p == 1:
-        return longer.argmax(gradient, point)
-    if threat.p == 2 and (walls := threat._walls(gradient, point)) is not None:
-        rows = flat(gradient)
-        rows = torch.where(torch.where(rows > 0, walls[1], walls[0]) == 0, 0, rows)
-        gradient = rows.reshape(gradient.shape)
-    free = replace(longer, lower=None, upper=None)
-    return free.argmax(gradient)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from robustlearn._tensor import flat
+from robustlearn._tensor import column, flat
 from robustlearn.attacks.base import attack
 from robustlearn.models import Model
 from robustlearn.threats import LpBall
@@ -57,7 +57,7 @@ def linear_exact(model: Model, x: Tensor, y: Tensor, threat: LpBall) -> Tensor:
         reached = level + flat(direction * step).sum(1)
         better = reached > best
         best = torch.where(better, reached, best)
-        delta = torch.where(better.reshape(-1, *[1] * (x.dim() - 1)), step, delta)
+        delta = torch.where(column(better, x), step, delta)
     return threat.restrict(x, delta)
 
 

@@ -257,7 +257,7 @@ class _Evaluation:
             return None
         x, y = (t[some].to(self.model.device) for t in (self.x, self.y))
         try:
-            gradient, _, _ = self.model.gradient(x, y, self.harness.loss.objective)
+            gradient, _, _ = self.model.gradient(x, y, self.harness.loss)
         except ModelError as error:
             self.notes.append(str(error))
             return "no gradient flows through the model"

@@ -4,8 +4,8 @@ import contextlib
 import random
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -15,7 +15,14 @@ from robustlearn.errors import InputError, ModelError
 
 Task = Literal["classification", "regression"]
 Output = Literal["auto", "logits", "probabilities"]
-Objective = Callable[[Tensor, Tensor], Tensor]
+
+
+class Objective(Protocol):
+    """What an attack climbs."""
+
+    def look(self, output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the objective (n,) and its derivative by the output."""
+        ...
 
 
 class Model(ABC):
@@ -89,29 +96,35 @@ class Model(ABC):
 
     def raw(self, x: Tensor) -> Tensor:
         """Return the output as the model gives it, checked and counted: (n,), (n, 1) or (n, K)."""
-        with self.session():
-            try:
-                output = self._forward(x)
-            except (InputError, MemoryError, torch.OutOfMemoryError):
+        if not self._open:
+            with self.session():
+                return self.raw(x)
+        try:
+            output = self._forward(x)
+        except (InputError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if "out of memory" in str(error).lower():
                 raise
-            except Exception as error:
-                if "out of memory" in str(error).lower():
-                    raise
-                raise ModelError(
-                    f"{self.name} failed on a batch of shape {tuple(x.shape)} and type "
-                    f"{x.dtype}: {type(error).__name__}: {error}. Is that the shape of input "
-                    "it expects?"
-                ) from error
+            raise ModelError(
+                f"{self.name} failed on a batch of shape {tuple(x.shape)} and type "
+                f"{x.dtype}: {type(error).__name__}: {error}. Is that the shape of input "
+                "it expects?"
+            ) from error
         self.forwards += len(x)
         return self._checked(output, x)
 
-    def gradient(self, x: Tensor, y: Tensor, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
-        """One forward and one backward pass: ∂ Σ objective(model(x), y) / ∂x.
+    def gradient(self, x: Tensor, y: Tensor, loss: Objective) -> tuple[Tensor, Tensor, Tensor]:
+        """One forward and one backward pass: ∂ objective(model(x), y) / ∂x per sample.
+
+        Parameters
+        ----------
+        loss : what has ``look(output, y)``: an objective and its derivative by the output.
 
         Returns
         -------
-        gradient (n, *shape), objective (n,), output (n, K) or (n,); all detached. Gradients of
-        the parameters are not computed. A gradient that is NaN counts as zero.
+        gradient (n, *shape), objective (n,), output (n, K) or (n,); all detached. Gradients of the
+        parameters are not computed. A derivative that is NaN counts as zero.
 
         Raises
         ------
@@ -119,21 +132,25 @@ class Model(ABC):
         """
         if not self.differentiable:
             raise InputError(f"{self.name} is a black box: it has no gradient")
-        with self.session(), torch.enable_grad():
-            point = x.detach().requires_grad_()
+        if not self._open:
+            with self.session():
+                return self.gradient(x, y, loss)
+        with torch.enable_grad():
+            point = x.detach().clone().requires_grad_()
             output = self(point)
-            value = objective(output, y)
-            if not value.requires_grad:
+            if not output.requires_grad:
                 raise ModelError(
                     f"no gradient flows from the output of {self.name} to its input (is the input "
                     "detached, rounded or turned into numpy on the way?); wrap it as a black box, "
                     "wrap(lambda x: model(x)), to attack it without gradients"
                 )
-            (gradient,) = torch.autograd.grad(value.sum(), point, allow_unused=True)
+            detached = output.detach()
+            value, slope = loss.look(detached, y)
+            (gradient,) = torch.autograd.grad(output, point, slope, allow_unused=True)
         self.backwards += len(x)
         if gradient is None:
             gradient = torch.zeros_like(x)
-        return gradient.nan_to_num(0.0), value.detach(), output.detach()
+        return gradient.nan_to_num_(0.0), value, detached
 
     def affine(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
         """Return (W, b) in float64 with output = W·flat(x) + b exactly, or None.
@@ -212,7 +229,8 @@ class Model(ABC):
             warnings.warn(text, UserWarning, stacklevel=2)
 
     def _checked(self, output: Any, x: Tensor) -> Tensor:
-        output = getattr(output, "logits", output)  # transformers wrap theirs
+        if not isinstance(output, Tensor):
+            output = getattr(output, "logits", output)  # transformers wrap theirs
         if not isinstance(output, Tensor):
             try:
                 output = torch.as_tensor(np.asarray(output), device=x.device)
@@ -273,16 +291,20 @@ class Model(ABC):
 @contextlib.contextmanager
 def global_random_state(seed: int = 0) -> Iterator[None]:
     """Seed Python's, numpy's and torch's global generators inside, and restore them after."""
-    python, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    python, numpy_state, here = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     accelerator = torch.accelerator.current_accelerator()
-    devices = range(torch.accelerator.device_count()) if accelerator is not None else ()
-    kind = accelerator.type if accelerator is not None else "cpu"
-    with torch.random.fork_rng(devices=list(devices), device_type=kind):
-        try:
-            random.seed(seed)
-            np.random.seed(seed)  # noqa: NPY002
-            torch.manual_seed(seed)
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy_state)  # noqa: NPY002
+    elsewhere = torch.get_device_module(accelerator) if accelerator is not None else None
+    there = [] if elsewhere is None else elsewhere.get_rng_state_all()
+    try:
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        torch.default_generator.manual_seed(seed)
+        if elsewhere is not None:
+            elsewhere.manual_seed_all(seed)
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        torch.set_rng_state(here)
+        if elsewhere is not None:
+            elsewhere.set_rng_state_all(there)

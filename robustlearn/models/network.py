@@ -62,17 +62,50 @@ class TorchModel(Model):
         super().__init__(module if source is None else source, **options)
         self.module = module
         self._head: nn.Module | None = None
+        self._writes = False
+        self._known = False
         heads = [m for m in module.modules() if isinstance(m, nn.Softmax | nn.Sigmoid)]
         self._suspects = heads if self._probabilities is None else []
         floats = [v for v in (*module.parameters(), *module.buffers()) if v.is_floating_point()]
         self.device = floats[0].device if floats else torch.device("cpu")
         self.dtype = floats[0].dtype if floats else torch.get_default_dtype()
 
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return logits (n, K), or predictions (n,) of a regressor.
+
+        Once a batch has shown that the outputs are plain logits, and that the module does not
+        write into its input, the rest of a session goes straight through.
+        """
+        if self._known and self._open and x.requires_grad and x.dtype is self.dtype:
+            self.forwards += len(x)
+            return self.module(x)
+        output = super().__call__(x)
+        plain = self._head is None and self._probabilities is False and not self._writes
+        self._known = plain and x.requires_grad and self.task == "classification"
+        return output
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        """Hold the module in evaluation mode, its parameters frozen; see `Model.session`."""
+        with super().session():
+            yield
+        self._known = self._known and self._open
+
     def _forward(self, x: Tensor) -> Any:
         if self._suspects:
             self._find_head(x[:1])
-        # a copy: a module that works in place must not reach the caller's input
-        point = x.to(self.device, self.dtype, copy=True)
+        point = x.to(self.device, self.dtype)
+        if self._writes or not x.requires_grad:  # the caller's input must not be written to
+            point = point.clone()
+        try:
+            return self._through(point)
+        except RuntimeError as error:
+            if "a leaf Variable that requires grad" not in str(error):
+                raise
+        self._writes = True  # it works in place: from now on it gets a copy
+        return self._through(point.clone())
+
+    def _through(self, point: Tensor) -> Any:
         if self._head is None:
             return self.module(point)
         hook = self._head.register_forward_hook(lambda module, inputs, output: inputs[0])

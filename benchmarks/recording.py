@@ -1,0 +1,89 @@
+"""Rows of a benchmark as CSV, and beside them what they were measured with."""
+
+import argparse
+import csv
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = (
+    "robustlearn",
+    "torch",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "torchattacks",
+    "foolbox",
+    "adversarial-robustness-toolbox",
+    "adv-lib",
+)
+
+
+def arguments(description: str) -> argparse.Namespace:
+    """Parse --quick | --full, --out and --seed; every benchmark takes the same."""
+    parser = argparse.ArgumentParser(description=description)
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="seconds: shows that it runs (default)")
+    size.add_argument("--full", action="store_true", help="minutes: the figures that are quoted")
+    parser.add_argument("--out", type=Path, help="CSV file for the raw rows")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    return given
+
+
+def save(rows: list[dict[str, Any]], given: argparse.Namespace) -> None:
+    """Write the rows and a JSON file with commit, versions, hardware, seed and command."""
+    if given.out is None:
+        return
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    with given.out.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    about = {
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": _git("rev-parse", "HEAD"),
+        "uncommitted": bool(_git("status", "--porcelain", "--", "robustlearn", "benchmarks")),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "processor": _processor(),
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "seed": given.seed,
+    }
+    given.out.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
+
+
+def _git(*words: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *words], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((s.split(":", 1)[1].strip() for s in lines if s.startswith("model name")), "?")
