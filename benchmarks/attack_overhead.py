@@ -2,7 +2,8 @@
 
 Ratio = time of the attack / time of the floor in the same round, where the floor is a plain loop
 of 40 forward and backward passes of the same network on the same batch (gradients by the input
-alone, parameters frozen) and one more forward pass. Rounds are interleaved. No sample is dropped.
+alone, parameters frozen) and one more forward pass. The floor is measured again right before each
+attack. Attacks are made ready outside the clock. No sample is dropped.
 
 Every library runs on the same samples, ε and number of steps, once with the network as a user
 has it (parameters learning) and once with parameters frozen by hand; robust accuracy is measured
@@ -10,6 +11,7 @@ here, by the network itself. A peer gets the best of three step sizes for its ac
 runs with its defaults.
 """
 
+import importlib
 import importlib.util
 import math
 import os
@@ -35,13 +37,14 @@ from robustlearn.attacks import pgd
 from robustlearn.cli.demo import DigitsNet, trained
 
 STEPS = 40
-Attack = Callable[[nn.Module, Tensor, Tensor, float, float], Tensor]
+Attack = Callable[[Tensor, Tensor], Tensor]
+Make = Callable[[nn.Module, float, float], Attack]  # network, eps, step size
 
 
 def main() -> None:
     """Measure, print a table, write the rows."""
     given = recording.arguments(__doc__.split("\n", 1)[0])
-    rounds, batches = (7, (64, 512)) if given.full else (2, (64,))
+    rounds, batches = (9, (64, 512)) if given.full else (2, (64,))
     peers = available_peers()
     rows: list[dict[str, Any]] = []
     for name, net, x, y, eps in networks(given.seed, full=given.full):
@@ -72,71 +75,73 @@ def networks(seed: int, *, full: bool) -> list[tuple[str, nn.Module, Tensor, Ten
     return found
 
 
-def ours(net: nn.Module, x: Tensor, y: Tensor, eps: float, step: float) -> Tensor:
+def ours(net: nn.Module, eps: float, step: float) -> Attack:
     """robustlearn with its defaults."""
-    threat = rl.LpBall(math.inf, eps, lower=0.0, upper=1.0)
-    return pgd(net, x, y, threat, steps=STEPS, stop_when_broken=False)
+    model, threat = rl.wrap(net), rl.LpBall(math.inf, eps, lower=0.0, upper=1.0)
+    return lambda x, y: pgd(model, x, y, threat, steps=STEPS, stop_when_broken=False)
 
 
-def floor(net: nn.Module, x: Tensor, y: Tensor, eps: float, step: float) -> Tensor:
+def floor(net: nn.Module, eps: float, step: float) -> Attack:
     """The bare passes: nothing is done with the gradients."""
-    point = x.clone().requires_grad_()
-    for _ in range(STEPS):
-        loss = nn.functional.cross_entropy(net(point), y, reduction="sum")
-        torch.autograd.grad(loss, point)
-    with torch.no_grad():
-        net(point)
-    return x
+
+    def passes(x: Tensor, y: Tensor) -> Tensor:
+        point = x.clone().requires_grad_()
+        for _ in range(STEPS):
+            loss = nn.functional.cross_entropy(net(point), y, reduction="sum")
+            torch.autograd.grad(loss, point)
+        with torch.no_grad():
+            net(point)
+        return x
+
+    return passes
 
 
-def available_peers() -> dict[str, Attack]:
+def available_peers() -> dict[str, Make]:
     """Return the other libraries that are installed (`make bench` installs all)."""
-    found: dict[str, Attack] = {}
-    for name, make in (
-        ("torchattacks", _torchattacks),
-        ("foolbox", _foolbox),
-        ("ART", _art),
-        ("adv-lib", _adv_lib),
+    found: dict[str, Make] = {}
+    for name, module, make in (
+        ("torchattacks", "torchattacks", _torchattacks),
+        ("foolbox", "foolbox", _foolbox),
+        ("ART", "art.attacks.evasion", _art),
+        ("adv-lib", "adv_lib.attacks", _adv_lib),
     ):
+        if name == "adv-lib":
+            _stand_ins()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                found[name] = make()
+                importlib.import_module(module)
         except ImportError as error:
             Console(stderr=True).print(f"{name} is not measured: {error}")
+        else:
+            found[name] = make
     return found
 
 
-def _torchattacks() -> Attack:
+def _torchattacks(net: nn.Module, eps: float, step: float) -> Attack:
     import torchattacks
 
-    def attack(net: nn.Module, x: Tensor, y: Tensor, eps: float, step: float) -> Tensor:
-        return torchattacks.PGD(net, eps=eps, alpha=step, steps=STEPS, random_start=True)(x, y)
-
-    return attack
+    return torchattacks.PGD(net, eps=eps, alpha=step, steps=STEPS, random_start=True)
 
 
-def _foolbox() -> Attack:
+def _foolbox(net: nn.Module, eps: float, step: float) -> Attack:
     import foolbox
 
-    def attack(net: nn.Module, x: Tensor, y: Tensor, eps: float, step: float) -> Tensor:
-        model = foolbox.PyTorchModel(net, bounds=(0, 1), device="cpu")
-        run = foolbox.attacks.LinfPGD(abs_stepsize=step, steps=STEPS, random_start=True).run
-        return run(model, x, foolbox.criteria.Misclassification(y), epsilon=eps)
-
-    return attack
+    model = foolbox.PyTorchModel(net, bounds=(0, 1), device="cpu")
+    attack = foolbox.attacks.LinfPGD(abs_stepsize=step, steps=STEPS, random_start=True)
+    criterion = foolbox.criteria.Misclassification
+    return lambda x, y: attack.run(model, x, criterion(y), epsilon=eps)
 
 
-def _art() -> Attack:
+def _art(net: nn.Module, eps: float, step: float) -> Attack:
     from art.attacks.evasion import ProjectedGradientDescentPyTorch
     from art.estimators.classification import PyTorchClassifier
 
-    def attack(net: nn.Module, x: Tensor, y: Tensor, eps: float, step: float) -> Tensor:
-        model = PyTorchClassifier(
-            net, nn.CrossEntropyLoss(), tuple(x.shape[1:]), 10, clip_values=(0, 1), device_type="cpu"
-        )
+    def attack(x: Tensor, y: Tensor) -> Tensor:
         run = ProjectedGradientDescentPyTorch(
-            model,
+            PyTorchClassifier(
+                net, nn.CrossEntropyLoss(), x.shape[1:], 10, clip_values=(0, 1), device_type="cpu"
+            ),
             eps=eps,
             eps_step=step,
             max_iter=STEPS,
@@ -149,19 +154,19 @@ def _art() -> Attack:
     return attack
 
 
-def _adv_lib() -> Attack:
-    if importlib.util.find_spec("torchvision") is None:
-        for name in ("torchvision", "torchvision.models", "torchvision.transforms"):
-            # imported for attacks on perceptual distance, which are not used here
-            sys.modules.setdefault(name, _Anything(name))
+def _adv_lib(net: nn.Module, eps: float, step: float) -> Attack:
     from adv_lib.attacks import pgd_linf
 
-    def attack(net: nn.Module, x: Tensor, y: Tensor, eps: float, step: float) -> Tensor:
-        return pgd_linf(
-            net, x, y, eps, steps=STEPS, random_init=True, restarts=1, absolute_step_size=step
-        )
+    options = {"steps": STEPS, "random_init": True, "restarts": 1, "absolute_step_size": step}
+    return lambda x, y: pgd_linf(net, x, y, eps, **options)
 
-    return attack
+
+def _stand_ins() -> None:
+    """Let adv-lib be imported without what it needs for other attacks and for plots."""
+    for package in ("torchvision", "visdom"):
+        if importlib.util.find_spec(package) is None:
+            for name in (package, f"{package}.models", f"{package}.transforms"):
+                sys.modules.setdefault(name, _Anything(name))
 
 
 class _Anything(types.ModuleType):
@@ -180,21 +185,22 @@ def measure(
     y: Tensor,
     eps: float,
     rounds: int,
-    peers: dict[str, Attack],
+    peers: dict[str, Make],
 ) -> list[dict[str, Any]]:
     """Return one row a method, state of the parameters, and round."""
-    methods: dict[str, Attack] = {"robustlearn": ours, **peers}
-    steps = {method: best_step(attack, net, x, y, eps) for method, attack in peers.items()}
+    steps = {method: best_step(make, net, x, y, eps) for method, make in peers.items()}
+    methods: dict[str, Make] = {"robustlearn": ours, **peers}
+    ready = {method: make(net, eps, steps.get(method, 0.0)) for method, make in methods.items()}
+    bare = floor(net, eps, 0.0)
     rows = []
     for turn in range(-1, rounds):  # the first round warms up
-        net.requires_grad_(False)
-        _, base = timed(floor, net, x, y, eps, 0.0)
-        for method, attack in methods.items():
-            step, _ = steps.get(method, (0.0, 0.0))
+        for method, attack in ready.items():
             for frozen in (False, True):
+                net.requires_grad_(False)
+                _, base = timed(bare, x, y)
                 net.requires_grad_(not frozen)
                 torch.manual_seed(turn + 1)
-                x_adv, seconds = timed(attack, net, x, y, eps, step)
+                x_adv, seconds = timed(attack, x, y)
                 rows.append(
                     {
                         "network": name,
@@ -203,7 +209,7 @@ def measure(
                         "method": method,
                         "parameters": "frozen" if frozen else "learning",
                         "round": turn,
-                        "step_size": step,
+                        "step_size": steps.get(method),
                         "seconds": seconds,
                         "floor_seconds": base,
                         "ratio": seconds / base,
@@ -214,16 +220,13 @@ def measure(
     return [row for row in rows if row["round"] >= 0]
 
 
-def best_step(
-    attack: Attack, net: nn.Module, x: Tensor, y: Tensor, eps: float
-) -> tuple[float, float]:
-    """Return the step size of three with which the peer does best, and its robust accuracy."""
+def best_step(make: Make, net: nn.Module, x: Tensor, y: Tensor, eps: float) -> float:
+    """Return the step size of three with which the peer leaves the least accuracy."""
     tried = []
     for step in (2.5 * eps / STEPS, eps / 10, eps / 4):
         torch.manual_seed(0)
-        tried.append((robust(net, x, attack(net, x, y, eps, step), y, eps), step))
-    accuracy, step = min(tried)
-    return step, accuracy
+        tried.append((robust(net, x, make(net, eps, step)(x, y), y, eps), step))
+    return min(tried)[1]
 
 
 def robust(net: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, eps: float) -> float:
@@ -234,10 +237,10 @@ def robust(net: nn.Module, x: Tensor, x_adv: Tensor, y: Tensor, eps: float) -> f
     return float(right.float().mean())
 
 
-def timed(attack: Attack, *given: Any) -> tuple[Tensor, float]:
+def timed(attack: Attack, x: Tensor, y: Tensor) -> tuple[Tensor, float]:
     """Return the points and the wall-clock seconds."""
     start = time.perf_counter()
-    x_adv = attack(*given)
+    x_adv = attack(x, y)
     return x_adv.detach(), time.perf_counter() - start
 
 

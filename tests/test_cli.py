@@ -58,9 +58,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def evaluate(model="my_module.py:linear", *more, data="data.npz", eps="3/10"):
-    return run(
-        ["evaluate", "--model", model, "--data", data, "--norm", "l2", "--eps", eps, *more]
-    )
+    return run(["evaluate", "--model", model, "--data", data, "--norm", "l2", "--eps", eps, *more])
 
 
 def test_help_is_fast_and_does_not_load_torch():

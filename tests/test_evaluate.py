@@ -91,7 +91,9 @@ def test_a_network_from_above(network, held_out, untouched):
     assert moved.abs().max() <= 0.1
     assert x_adv.min() >= 0
     assert x_adv.max() <= 1
-    assert report.attacked.value == np.mean([s.clean_correct and not s.broken_by for s in report.samples])
+    assert report.attacked.value == np.mean(
+        [s.clean_correct and not s.broken_by for s in report.samples]
+    )
     total = sum(run.broken for run in report.attacks)
     assert total == broken.sum()
     assert all(s.distance <= 0.1 for s in report.samples if s.broken_by)
@@ -106,9 +108,7 @@ def test_results_do_not_depend_on_batches_or_company(network, held_out):
     assert [s.broken_by for s in whole.samples] == [s.broken_by for s in small.samples]
     np.testing.assert_allclose(whole.x_adv, small.x_adv, atol=1e-9)
     some = np.arange(40, 60)
-    part = rl.evaluate(
-        network, held_out.x[some], held_out.y[some], threat, indices=some, **given
-    )
+    part = rl.evaluate(network, held_out.x[some], held_out.y[some], threat, indices=some, **given)
     np.testing.assert_allclose(whole.x_adv[some], part.x_adv, atol=1e-9)
     assert [s.index for s in part.samples] == list(some)
     network.float()

@@ -46,7 +46,9 @@ def reports():
 
 @pytest.fixture(scope="module")
 def folder(reports, tmp_path_factory):
-    return save(reports, tmp_path_factory.mktemp("report"), command="robustlearn evaluate --x 'a b'")
+    return save(
+        reports, tmp_path_factory.mktemp("report"), command="robustlearn evaluate --x 'a b'"
+    )
 
 
 def test_the_document_keeps_its_schema(folder, reports):

@@ -46,7 +46,10 @@ def images(folder, name, n=None):
 def test_clean_accuracy_is_as_stated(zoo, data_folder, name):
     x, y = images(data_folder, zoo.MODELS[name][0])
     model = rl.wrap(zoo.load(name))
-    right = sum(int((model(a).argmax(1) == b).sum()) for a, b in zip(x.split(500), y.split(500), strict=True))
+    right = sum(
+        int((model(a).argmax(1) == b).sum())
+        for a, b in zip(x.split(500), y.split(500), strict=True)
+    )
     assert 100 * right / len(x) == pytest.approx(CLEAN[name], abs=0.011)
 
 

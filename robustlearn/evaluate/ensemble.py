@@ -147,9 +147,13 @@ def evaluate(
         harness = Harness(
             model, points, labels, threat, numbers, max(1, batch_size), seed, progress or _silent
         )
-        return _Evaluation(harness, steps, certify, resume, explicit=not (isinstance(attacks, str) and attacks in PRESETS)).report(
-            data, classes, names
-        )
+        return _Evaluation(
+            harness,
+            steps,
+            certify,
+            resume,
+            explicit=not (isinstance(attacks, str) and attacks in PRESETS),
+        ).report(data, classes, names)
 
 
 class _Evaluation:
