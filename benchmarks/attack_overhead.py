@@ -34,7 +34,7 @@ from torch import Tensor, nn
 import robustlearn as rl
 from robustlearn import data
 from robustlearn.attacks import pgd
-from robustlearn.cli.demo import DigitsNet, trained
+from robustlearn.cli.demo import trained
 
 STEPS = 40
 Attack = Callable[[Tensor, Tensor], Tensor]
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def networks(seed: int, *, full: bool) -> list[tuple[str, nn.Module, Tensor, Tensor, float]]:
-    """Return the digits network of the demo, and a third-party MNIST network where it is at hand."""
+    """Return the digits network of the demo, and a third-party MNIST network where there is one."""
     digits = data.load("digits")
     net = trained(digits.take(slice(0, 1200)), seed, lambda *told: None)
     x, y = torch.as_tensor(digits.x[1200:]).float(), torch.as_tensor(digits.y[1200:])

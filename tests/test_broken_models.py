@@ -1,4 +1,4 @@
-"""Models and data broken in each known way: a clear error or a right answer, never a wrong number."""
+"""Models and data broken in each known way: a clear error or a right answer."""
 
 import math
 import warnings
@@ -201,7 +201,7 @@ def test_a_model_that_raises_is_named(test):
         def forward(self, x):
             raise KeyError("weights")
 
-    with pytest.raises(ModelError, match="Angry failed on a batch of shape .*KeyError"):
+    with pytest.raises(ModelError, match=r"Angry failed on a batch of shape .*KeyError"):
         evaluated(Angry(), test)
 
 

@@ -112,7 +112,7 @@ def test_the_page_needs_nothing_else(folder):
 
 
 def test_the_table_for_the_terminal(reports):
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))
     console.print(report.table(document(reports)))
     console.file.close()
     text = console.export_text()
