@@ -54,50 +54,6 @@ def column(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (like.dim() - 1))
 
 
-def level(weight: Tensor, cap: Tensor, target: Tensor, sweeps: int = 12) -> Tensor:
-    """Solve Σⱼ weightⱼ·min(t, capⱼ) = target for t ≥ 0, row by row.
-
-    The left side is concave, increasing and piecewise linear in t, so Newton's method from
-    below climbs to the solution without overshooting and ends on it exactly. A few O(d)
-    sweeps settle most rows; one sort settles the rest, hence O(d log d) at worst.
-
-    Parameters
-    ----------
-    weight, cap : (n, d), non-negative; ``cap`` may be infinite.
-    target : (n,), non-negative.
-    sweeps : Newton steps before the sort.
-
-    Returns
-    -------
-    (n,) the level t; infinite where the left side stays below the target.
-    """
-    t = torch.where(target > 0, target / weight.sum(1), 0)
-    for _ in range(sweeps):
-        capped = cap <= t[:, None]
-        settled = torch.where(capped, weight * cap, 0).sum(1)
-        free = torch.where(capped, 0, weight).sum(1)
-        out_of_reach = torch.where(settled < target, torch.inf, t)
-        risen = torch.where(free > 0, (target - settled) / free, out_of_reach).maximum(t)
-        if torch.equal(risen, t):
-            return t
-        t = risen
-    return _level_by_sorting(weight, cap, target)
-
-
-def _level_by_sorting(weight: Tensor, cap: Tensor, target: Tensor) -> Tensor:
-    """Solve as `level` does: the left side at every cap from prefix sums, then one segment."""
-    cap, order = cap.sort(1)
-    weight = weight.gather(1, order)
-    part = torch.where(cap.isinf(), 0, weight * cap)
-    settled = part.cumsum(1) - part  # value of the coordinates that are capped earlier
-    free = weight.flip(1).cumsum(1).flip(1)  # slope of those that are not
-    at_cap = torch.where(free > 0, settled + cap * free, settled)
-    enough, k = (at_cap >= target[:, None]).max(1, keepdim=True)  # the first segment to reach it
-    t = (target[:, None] - settled.gather(1, k)) / free.gather(1, k)
-    t = torch.where(enough, t, torch.inf).squeeze(1)
-    return torch.where(target > 0, t, 0)
-
-
 def keys(generator: torch.Generator | Tensor | int | None, like: Tensor) -> Tensor:
     """One random key per sample: what makes a result independent of its neighbours.
 

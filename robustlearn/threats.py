@@ -14,7 +14,16 @@ import torch
 from torch import Tensor
 
 from robustlearn import _tensor
-from robustlearn._tensor import column, flat, level, per_sample
+from robustlearn._geometry import (
+    conjugate,
+    knapsack,
+    level,
+    nearest_in_ellipsoid,
+    nearest_in_l1,
+    nearest_in_l2,
+    row_norm,
+)
+from robustlearn._tensor import column, flat, per_sample
 from robustlearn.errors import InputError
 
 ROUNDING = 2.0**-46  # relative room that `restrict` leaves for the rounding of a float64 norm
@@ -147,7 +156,7 @@ class LpBall:
             spent = eps[:, None].expand_as(gain)
             spent = spent if room is None else torch.minimum(spent, room)
         elif self.p == 1:
-            spent = _knapsack(gain, room, eps)
+            spent = knapsack(gain, room, eps)
         else:
             spent = self._filled(gain, room, eps)
         units = self._units(g)
@@ -210,11 +219,11 @@ class LpBall:
             return wanted.reshape(delta.shape)
         size, room = flat(delta).abs(), wanted.abs()  # a nearer point goes no further than both
         if self.p == 1:
-            nearest = _project_l1(size, room, units, eps)
+            nearest = nearest_in_l1(size, room, units, eps)
         elif units is None:
-            nearest = _project_l2(size, room, eps)
+            nearest = nearest_in_l2(size, room, eps)
         else:
-            nearest = _project_ellipsoid(size, room, units, eps)
+            nearest = nearest_in_ellipsoid(size, room, units, eps)
         nearest = nearest * wanted.sign()
         return torch.where(outside, nearest, wanted).reshape(delta.shape)
 
@@ -490,84 +499,3 @@ def _span(value: Any) -> str:
     tensor = torch.as_tensor(value)
     low, high = float(tensor.min()), float(tensor.max())
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
-
-
-def conjugate(p: float) -> float:
-    """q with 1/p + 1/q = 1."""
-    return math.inf if p == 1 else 1.0 if math.isinf(p) else p / (p - 1)
-
-
-def row_norm(magnitude: Tensor, p: float) -> Tensor:
-    """‖row‖_p of non-negative rows; powers of huge or tiny entries do not overflow or vanish."""
-    if p == 1 or math.isinf(p):
-        return torch.linalg.vector_norm(magnitude, p, dim=1)
-    top = magnitude.amax(1)
-    safe = torch.where((top > 0) & top.isfinite(), top, 1)
-    norm = safe * torch.linalg.vector_norm(magnitude / safe[:, None], p, dim=1)
-    return torch.where(top.isinf(), torch.inf, norm)
-
-
-def _knapsack(gain: Tensor, room: Tensor | None, eps: Tensor) -> Tensor:
-    """Spend ε on the coordinates of highest gain, each up to its room."""
-    if room is None:
-        first = gain.argmax(1, keepdim=True)
-        worth = gain.gather(1, first) > 0
-        return torch.zeros_like(gain).scatter(1, first, eps[:, None] * worth)
-    by_gain, order = gain.sort(1, descending=True)
-    space = room.gather(1, order)
-    before = torch.nn.functional.pad(space.cumsum(1)[:, :-1], (1, 0))
-    left = (eps[:, None] - before).clamp(min=0)
-    spent = torch.where(by_gain > 0, torch.minimum(space, left), 0)
-    return torch.zeros_like(gain).scatter(1, order, spent)
-
-
-def _project_l2(size: Tensor, room: Tensor, eps: Tensor) -> Tensor:
-    """min ‖u − size‖₂ over ‖u‖₂ ≤ ε, 0 ≤ u ≤ room: u = min(t·size, room) with t ≤ 1."""
-    cap = torch.where(size > 0, room / size, torch.inf)
-    t = level(size**2, cap**2, eps.squeeze(1) ** 2).sqrt().clamp(max=1)[:, None]
-    return torch.minimum(t * size, room)
-
-
-def _project_l1(size: Tensor, room: Tensor, units: Tensor | None, eps: Tensor) -> Tensor:
-    """min ‖u − size‖₂ over Σ wu ≤ ε, 0 ≤ u ≤ room, with w = 1/units: u = (size − τw) cut.
-
-    The sum is piecewise linear in τ; it bends where a coordinate leaves its wall or zero.
-    """
-    weight = torch.ones_like(size) if units is None else (1 / units).expand_as(size)
-    weight = torch.where(weight.isfinite(), weight, 0)  # a frozen feature: size is 0 there
-    rate = weight**2
-    zero_at = torch.where(weight > 0, size / weight, 0)
-    wall_at = torch.where(weight > 0, (size - room) / weight, 0)
-    bend, order = torch.cat([zero_at, wall_at], 1).sort(1, descending=True)
-    change = torch.cat([rate, -rate], 1).gather(1, order)
-    slope, offset = change.cumsum(1), (change * bend).cumsum(1)  # Σwu = offset − τ·slope
-    spent = offset - bend * slope  # at each bend, rising as τ falls
-    k = ((spent < eps).sum(1, keepdim=True) - 1).clamp(min=0)
-    tau = (offset.gather(1, k) - eps) / slope.gather(1, k)
-    tau = torch.where(slope.gather(1, k) > 0, tau, bend.gather(1, k)).clamp(min=0)
-    return torch.minimum((size - tau * weight).clamp(min=0), room)
-
-
-def _project_ellipsoid(size: Tensor, room: Tensor, units: Tensor, eps: Tensor) -> Tensor:
-    """min ‖u − size‖₂ over ‖u/units‖₂ ≤ ε, 0 ≤ u ≤ room: u = size/(1 + μ/units²) cut.
-
-    ‖u/units‖ falls with μ; its root is bracketed and bisected in log μ down to rounding.
-    """
-    square = units.square()
-    movable = square > 0
-
-    def at(log_mu: Tensor) -> Tensor:
-        shrunk = torch.where(movable, size / (1 + log_mu.exp() / square), 0)
-        return torch.minimum(shrunk, room)
-
-    biggest = (size.amax(1, keepdim=True) * units.amax() * size.shape[1]).clamp_min(1e-30)
-    finfo = torch.finfo(size.dtype)
-    smallest = square[movable].min() if bool(movable.any()) else square.new_ones(())
-    low = torch.log(smallest * finfo.eps * finfo.eps).expand_as(eps).clone()
-    high = torch.log(biggest / eps.clamp_min(finfo.tiny) + smallest)
-    for _ in range(100):
-        middle = (low + high) / 2
-        spent = torch.where(movable, at(middle) / units, 0).square().sum(1, keepdim=True)
-        low = torch.where(spent > eps**2, middle, low)
-        high = torch.where(spent > eps**2, high, middle)
-    return torch.where(eps > 0, at(high), 0)

@@ -232,7 +232,7 @@ def test_an_attack_that_cheats_is_an_error_not_a_success(cheating, linear, iris)
     threat = rl.LpBall(2, 0.3)
     with pytest.raises(AttackError, match=r"too_far left the threat in \d+ of \d+ samples"):
         rl.evaluate(linear, x, y, threat, attacks=["too_far"])
-    with pytest.raises(AttackError, match="half returned torch.float16"):
+    with pytest.raises(AttackError, match=r"half returned torch\.float16"):
         rl.evaluate(linear, x, y, threat, attacks=["half"])
     report = rl.evaluate(linear, x, y, threat, attacks=["lazy"])
     assert report.attacked == report.clean

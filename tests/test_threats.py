@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robustlearn import _tensor
+from robustlearn import _geometry, _tensor
 from robustlearn.errors import InputError
 from robustlearn.threats import LpBall, parse_norm
 
@@ -172,7 +172,7 @@ def test_level_by_sweeps_and_by_sorting(seed, d, sweeps):
     cap[torch.as_tensor(rng.random((4, d)) < 0.1)] = 0.0
     truth = torch.as_tensor(np.exp(rng.normal(0, 4, 4)))
     target = (weight * torch.minimum(truth[:, None], cap)).sum(1)
-    t = _tensor.level(weight, cap, target, sweeps)
+    t = _geometry.level(weight, cap, target, sweeps)
     reached = (weight * torch.minimum(t[:, None], cap).nan_to_num(0)).sum(1)
     finite = t.isfinite()
     torch.testing.assert_close(reached[finite], target[finite], rtol=1e-9, atol=0)

@@ -6,11 +6,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from robustlearn._tensor import flat, level
+from robustlearn._geometry import conjugate, level, row_norm
+from robustlearn._tensor import flat
 from robustlearn.certify.base import CERTIFICATES, Certificate, rows
 from robustlearn.errors import InputError
 from robustlearn.models import Model
-from robustlearn.threats import LpBall, conjugate, row_norm
+from robustlearn.threats import LpBall
 
 CHUNK = 2**22  # numbers in a working array
 

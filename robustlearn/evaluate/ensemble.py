@@ -1,9 +1,6 @@
 """`evaluate`: attacks in order of cost on what still stands, then both bounds per sample."""
 
-import datetime
 import hashlib
-import os
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,64 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import robustlearn
-from robustlearn import _tensor, losses
+from robustlearn import losses
 from robustlearn._tensor import per_sample
 from robustlearn.attacks import ATTACKS, unsuitable
 from robustlearn.certify import CERTIFICATES, Certificate, applicable
 from robustlearn.certify import certify as prove
 from robustlearn.errors import ContradictionError, InputError, ModelError
+from robustlearn.evaluate import inputs
 from robustlearn.evaluate.harness import Harness, Progress, Tally, attacked
+from robustlearn.evaluate.plans import PRESETS, plan
 from robustlearn.evaluate.results import AttackRun, Estimate, Report, Sample
 from robustlearn.evaluate.state import State
-from robustlearn.models import Model, wrap
+from robustlearn.models import wrap
 from robustlearn.threats import LpBall
 
-Step = tuple[str, dict[str, Any]]
-PRESETS: dict[str, tuple[Step, ...]] = {
-    "quick": (
-        ("linear_exact", {}),
-        ("fgsm", {}),
-        ("pgd", {"steps": 20}),
-        ("square", {"queries": 200}),
-    ),
-    "standard": (
-        ("linear_exact", {}),
-        ("fgsm", {}),
-        ("pgd", {"steps": 40}),
-        ("pgd", {"steps": 40, "loss": "cross_entropy"}),
-        ("pgd", {"steps": 40, "restarts": 10}),
-        ("square", {"queries": 1000}),
-    ),
-}
 SHRINKS = 8  # halvings of the segment from a sample to its adversarial example
-
-
-def plan(attacks: str | Sequence[Any]) -> list[tuple[str, str, dict[str, Any]]]:
-    """Return [(label, name, options)] for a preset, a list of names, or (name, options) pairs.
-
-    In text, options follow the name: ``"fgsm,pgd:steps=100:restarts=3"``.
-    """
-    chosen: list[Step] = []
-    if isinstance(attacks, str) and attacks in PRESETS:
-        chosen = list(PRESETS[attacks])
-    else:
-        listed = attacks.split(",") if isinstance(attacks, str) else attacks
-        for item in listed:
-            chosen.append(_parse(item.strip()) if isinstance(item, str) else (item[0], item[1]))
-    if not chosen:
-        raise InputError("name at least one attack")
-    steps = []
-    for name, options in chosen:
-        if name not in ATTACKS:
-            presets = ", ".join(PRESETS)
-            raise InputError(
-                f"there is no attack named {name!r}; there are {', '.join(ATTACKS)}, and the "
-                f"presets {presets}"
-            )
-        label = ":".join([name, *(f"{key}={value}" for key, value in options.items())])
-        steps.append((label, name, options))
-    return steps
 
 
 def evaluate(
@@ -136,13 +90,13 @@ def evaluate(
     True
     """
     model = wrap(model)
-    names = tuple(feature_names) if feature_names is not None else _columns(x)
-    points = _points(x, threat)
+    names = tuple(feature_names) if feature_names is not None else inputs.columns(x)
+    points = inputs.points(x, threat)
     steps = plan(attacks)
     with model.on(device):
         points = points.to("cpu", model.dtype)
         threat.check(points)
-        labels = _labels(model, points, y)
+        labels = inputs.labels(model, points, y)
         numbers = torch.arange(len(points)) if indices is None else torch.as_tensor(indices)
         harness = Harness(
             model, points, labels, threat, numbers, max(1, batch_size), seed, progress or _silent
@@ -173,7 +127,7 @@ class _Evaluation:
         self.explicit = explicit
         self.notes: list[str] = []
         clean = harness.outputs("clean", self.x)
-        self.clean = _finite(self.model, clean)
+        self.clean = inputs.finite(self.model, clean)
         self.value = harness.loss(self.clean, self.y)  # margin, or squared error
         self.worst = self.value.clone()
         self.right = ~harness.loss.broken(self.clean, self.y)
@@ -213,7 +167,7 @@ class _Evaluation:
             attacks=tuple(runs),
             notes=tuple(dict.fromkeys([*self.model.notes, *self.notes])),
             seed=self.harness.seed,
-            environment=_environment(self.model),
+            environment=inputs.environment(self.model),
             x=self.x.numpy(),
             x_adv=self.x_adv.numpy(),
             predictions=self._predictions(),
@@ -408,114 +362,5 @@ class _Evaluation:
         return tuple(rows)
 
 
-def _parse(text: str) -> Step:
-    name, *given = text.split(":")
-    options: dict[str, Any] = {}
-    for option in given:
-        key, equals, value = option.partition("=")
-        if not equals:
-            raise InputError(f"write options of an attack as name:key=value; got {text!r}")
-        options[key] = _value(value)
-    return name, options
-
-
-def _value(text: str) -> Any:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
 def _silent(stage: str, done: int, total: int) -> None:
     pass
-
-
-def _columns(x: Any) -> tuple[str, ...] | None:
-    return tuple(str(c) for c in x.columns) if hasattr(x, "columns") else None
-
-
-def _points(x: Any, threat: LpBall) -> Tensor:
-    points = _tensor.as_tensor(x).cpu()
-    _tensor.check_points(points)
-    if points.dtype == torch.uint8 and (threat.lower is None or threat.upper is None):
-        raise InputError(
-            "x holds 8-bit integers: divide by 255 if the model takes [0, 1], or give the threat "
-            "lower=0, upper=255 and eps in those units"
-        )
-    return points
-
-
-def _labels(model: Model, x: Tensor, y: Any) -> Tensor:
-    """Return labels as column numbers, or targets as floats; everything about them is checked."""
-    array = np.array(y.detach().cpu() if isinstance(y, Tensor) else y)
-    if array.ndim == 2 and array.shape[1] == 1:
-        array = array[:, 0]
-    if array.shape != (len(x),):
-        hint = "; for one-hot labels give y.argmax(axis=1)" if array.ndim == 2 else ""
-        raise InputError(f"x has {len(x)} samples, but y has shape {array.shape}{hint}")
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise InputError("y holds NaN or infinity")
-    if model.classes is not None:
-        known = np.asarray(model.classes)
-        place = {value: column for column, value in enumerate(known.tolist())}
-        strange = sorted({str(v) for v in array.tolist() if v not in place})
-        if strange:
-            raise InputError(
-                f"y holds labels that {model.name} does not know: {', '.join(strange[:5])}; it "
-                f"knows {', '.join(map(str, known[:10]))}"
-            )
-        return torch.tensor([place[v] for v in array.tolist()])
-    if array.dtype.kind not in "biuf":
-        raise InputError(f"y must hold class numbers 0 … K−1 (or targets); it holds {array.dtype}")
-    first = x[:1].to(model.device)
-    model.settle(first, torch.as_tensor(array))
-    if model.task == "regression":
-        return torch.as_tensor(array, dtype=model.dtype)
-    if array.dtype.kind == "f" and (array != np.round(array)).any():
-        raise InputError(
-            f"y must hold class numbers for the classifier {model.name}, but holds fractions like "
-            f"{array[array != np.round(array)][0]:g}; wrap a regressor with task='regression'"
-        )
-    labels = torch.as_tensor(array.astype(np.int64))
-    model(first)
-    count = int(model.num_classes or 0)
-    if int(labels.min()) < 0 or int(labels.max()) >= count:
-        raise InputError(
-            f"labels out of range: y spans {int(labels.min())} to {int(labels.max())}, but "
-            f"{model.name} has {count} classes, numbered from 0"
-        )
-    return labels
-
-
-def _finite(model: Model, output: Tensor) -> Tensor:
-    bad = output.reshape(len(output), -1).isnan().any(1)
-    if bool(bad.any()):
-        raise ModelError(
-            f"{model.name} returned NaN for {int(bad.sum())} of {len(bad)} clean samples (first: "
-            f"{bad.nonzero().squeeze(1)[:5].tolist()}); mend the model or leave those samples out"
-        )
-    return output
-
-
-def _environment(model: Model) -> dict[str, Any]:
-    import scipy
-    import sklearn
-
-    return {
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "robustlearn": robustlearn.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "scipy": scipy.__version__,
-        "scikit-learn": sklearn.__version__,
-        "platform": platform.platform(),
-        "processors": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }

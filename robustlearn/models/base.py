@@ -291,20 +291,27 @@ class Model(ABC):
 @contextlib.contextmanager
 def global_random_state(seed: int = 0) -> Iterator[None]:
     """Seed Python's, numpy's and torch's global generators inside, and restore them after."""
-    python, numpy_state, here = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    accelerator = torch.accelerator.current_accelerator()
-    elsewhere = torch.get_device_module(accelerator) if accelerator is not None else None
-    there = [] if elsewhere is None else elsewhere.get_rng_state_all()
+    python, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    torch_state = torch.get_rng_state()
     try:
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002
         torch.default_generator.manual_seed(seed)
-        if elsewhere is not None:
-            elsewhere.manual_seed_all(seed)
-        yield
+        with _accelerator_random_state(seed):
+            yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy_state)  # noqa: NPY002
-        torch.set_rng_state(here)
-        if elsewhere is not None:
-            elsewhere.set_rng_state_all(there)
+        torch.set_rng_state(torch_state)
+
+
+@contextlib.contextmanager
+def _accelerator_random_state(seed: int) -> Iterator[None]:
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
+        yield
+        return
+    devices = list(range(torch.accelerator.device_count()))
+    with torch.random.fork_rng(devices, device_type=accelerator.type):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,131 @@
+"""Rows of numbers against norms and caps: what threats and certificates share."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def conjugate(p: float) -> float:
+    """q with 1/p + 1/q = 1."""
+    return math.inf if p == 1 else 1.0 if math.isinf(p) else p / (p - 1)
+
+
+def row_norm(magnitude: Tensor, p: float) -> Tensor:
+    """‖row‖_p of non-negative rows; powers of huge or tiny entries do not overflow or vanish."""
+    if p == 1 or math.isinf(p):
+        return torch.linalg.vector_norm(magnitude, p, dim=1)
+    top = magnitude.amax(1)
+    safe = torch.where((top > 0) & top.isfinite(), top, 1)
+    norm = safe * torch.linalg.vector_norm(magnitude / safe[:, None], p, dim=1)
+    return torch.where(top.isinf(), torch.inf, norm)
+
+
+def knapsack(gain: Tensor, room: Tensor | None, eps: Tensor) -> Tensor:
+    """Spend ε on the coordinates of highest gain, each up to its room."""
+    if room is None:
+        first = gain.argmax(1, keepdim=True)
+        worth = gain.gather(1, first) > 0
+        return torch.zeros_like(gain).scatter(1, first, eps[:, None] * worth)
+    by_gain, order = gain.sort(1, descending=True)
+    space = room.gather(1, order)
+    before = torch.nn.functional.pad(space.cumsum(1)[:, :-1], (1, 0))
+    left = (eps[:, None] - before).clamp(min=0)
+    spent = torch.where(by_gain > 0, torch.minimum(space, left), 0)
+    return torch.zeros_like(gain).scatter(1, order, spent)
+
+
+def nearest_in_l2(size: Tensor, room: Tensor, eps: Tensor) -> Tensor:
+    """min ‖u − size‖₂ over ‖u‖₂ ≤ ε, 0 ≤ u ≤ room: u = min(t·size, room) with t ≤ 1."""
+    cap = torch.where(size > 0, room / size, torch.inf)
+    t = level(size**2, cap**2, eps.squeeze(1) ** 2).sqrt().clamp(max=1)[:, None]
+    return torch.minimum(t * size, room)
+
+
+def nearest_in_l1(size: Tensor, room: Tensor, units: Tensor | None, eps: Tensor) -> Tensor:
+    """min ‖u − size‖₂ over Σ wu ≤ ε, 0 ≤ u ≤ room, with w = 1/units: u = (size − τw) cut.
+
+    The sum is piecewise linear in τ; it bends where a coordinate leaves its wall or zero.
+    """
+    weight = torch.ones_like(size) if units is None else (1 / units).expand_as(size)
+    weight = torch.where(weight.isfinite(), weight, 0)  # a frozen feature: size is 0 there
+    rate = weight**2
+    zero_at = torch.where(weight > 0, size / weight, 0)
+    wall_at = torch.where(weight > 0, (size - room) / weight, 0)
+    bend, order = torch.cat([zero_at, wall_at], 1).sort(1, descending=True)
+    change = torch.cat([rate, -rate], 1).gather(1, order)
+    slope, offset = change.cumsum(1), (change * bend).cumsum(1)  # Σwu = offset − τ·slope
+    spent = offset - bend * slope  # at each bend, rising as τ falls
+    k = ((spent < eps).sum(1, keepdim=True) - 1).clamp(min=0)
+    tau = (offset.gather(1, k) - eps) / slope.gather(1, k)
+    tau = torch.where(slope.gather(1, k) > 0, tau, bend.gather(1, k)).clamp(min=0)
+    return torch.minimum((size - tau * weight).clamp(min=0), room)
+
+
+def nearest_in_ellipsoid(size: Tensor, room: Tensor, units: Tensor, eps: Tensor) -> Tensor:
+    """min ‖u − size‖₂ over ‖u/units‖₂ ≤ ε, 0 ≤ u ≤ room: u = size/(1 + μ/units²) cut.
+
+    ‖u/units‖ falls with μ; its root is bracketed and bisected in log μ down to rounding.
+    """
+    square = units.square()
+    movable = square > 0
+
+    def at(log_mu: Tensor) -> Tensor:
+        shrunk = torch.where(movable, size / (1 + log_mu.exp() / square), 0)
+        return torch.minimum(shrunk, room)
+
+    biggest = (size.amax(1, keepdim=True) * units.amax() * size.shape[1]).clamp_min(1e-30)
+    finfo = torch.finfo(size.dtype)
+    smallest = square[movable].min() if bool(movable.any()) else square.new_ones(())
+    low = torch.log(smallest * finfo.eps * finfo.eps).expand_as(eps).clone()
+    high = torch.log(biggest / eps.clamp_min(finfo.tiny) + smallest)
+    for _ in range(100):
+        middle = (low + high) / 2
+        spent = torch.where(movable, at(middle) / units, 0).square().sum(1, keepdim=True)
+        low = torch.where(spent > eps**2, middle, low)
+        high = torch.where(spent > eps**2, high, middle)
+    return torch.where(eps > 0, at(high), 0)
+
+
+def level(weight: Tensor, cap: Tensor, target: Tensor, sweeps: int = 12) -> Tensor:
+    """Solve Σⱼ weightⱼ·min(t, capⱼ) = target for t ≥ 0, row by row.
+
+    The left side is concave, increasing and piecewise linear in t, so Newton's method from
+    below climbs to the solution without overshooting and ends on it exactly. A few O(d)
+    sweeps settle most rows; one sort settles the rest, hence O(d log d) at worst.
+
+    Parameters
+    ----------
+    weight, cap : (n, d), non-negative; ``cap`` may be infinite.
+    target : (n,), non-negative.
+    sweeps : Newton steps before the sort.
+
+    Returns
+    -------
+    (n,) the level t; infinite where the left side stays below the target.
+    """
+    t = torch.where(target > 0, target / weight.sum(1), 0)
+    for _ in range(sweeps):
+        capped = cap <= t[:, None]
+        settled = torch.where(capped, weight * cap, 0).sum(1)
+        free = torch.where(capped, 0, weight).sum(1)
+        out_of_reach = torch.where(settled < target, torch.inf, t)
+        risen = torch.where(free > 0, (target - settled) / free, out_of_reach).maximum(t)
+        if torch.equal(risen, t):
+            return t
+        t = risen
+    return _level_by_sorting(weight, cap, target)
+
+
+def _level_by_sorting(weight: Tensor, cap: Tensor, target: Tensor) -> Tensor:
+    """Solve as `level` does: the left side at every cap from prefix sums, then one segment."""
+    cap, order = cap.sort(1)
+    weight = weight.gather(1, order)
+    part = torch.where(cap.isinf(), 0, weight * cap)
+    settled = part.cumsum(1) - part  # value of the coordinates that are capped earlier
+    free = weight.flip(1).cumsum(1).flip(1)  # slope of those that are not
+    at_cap = torch.where(free > 0, settled + cap * free, settled)
+    enough, k = (at_cap >= target[:, None]).max(1, keepdim=True)  # the first segment to reach it
+    t = (target[:, None] - settled.gather(1, k)) / free.gather(1, k)
+    t = torch.where(enough, t, torch.inf).squeeze(1)
+    return torch.where(target > 0, t, 0)
