@@ -104,12 +104,17 @@ def _gap(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return own - rival, z
 
 
+def _broken_by_nan(value: Tensor) -> Tensor:
+    """NaN predicts nothing: the adversary could not wish for more."""
+    return value.nan_to_num(torch.inf, torch.inf, -torch.inf)
+
+
 def _look_closest(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """max_{j≠y} z_j − z_y and its slope e_rival − e_y; a tie counts as zero."""
     own = y[:, None]
     top, rival = logits.scatter(1, own, -torch.inf).max(1, keepdim=True)
     slope = torch.zeros_like(logits).scatter_(1, rival, 1.0).scatter_(1, own, -1.0)
-    return (top - logits.gather(1, own)).squeeze(1), slope
+    return _broken_by_nan((top - logits.gather(1, own)).squeeze(1)), slope
 
 
 def _look_likely(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +122,7 @@ def _look_likely(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     own = y[:, None]
     rivals = logits.scatter(1, own, -torch.inf)
     value = (rivals.amax(1, keepdim=True) - logits.gather(1, own)).squeeze(1)
-    return value, rivals.softmax(1).scatter_(1, own, -1.0)
+    return _broken_by_nan(value), rivals.softmax(1).scatter_(1, own, -1.0)
 
 
 @loss(ascend=False, won=misclassified, look=_look_closest)
@@ -210,14 +215,14 @@ def targeted_dlr(logits: Tensor, y: Tensor) -> Tensor:
 
 @loss(ascend=True, won=None)
 def squared_error(output: Tensor, y: Tensor) -> Tensor:
-    """(f(x) − y)² of a regressor."""
-    return (output.reshape(len(y)) - y) ** 2
+    """(f(x) − y)² of a regressor; infinite where it predicts NaN."""
+    return _broken_by_nan((output.reshape(len(y)) - y) ** 2)
 
 
 @loss(ascend=True, won=None)
 def absolute_error(output: Tensor, y: Tensor) -> Tensor:
-    """|f(x) − y| of a regressor."""
-    return (output.reshape(len(y)) - y).abs()
+    """|f(x) − y| of a regressor; infinite where it predicts NaN."""
+    return _broken_by_nan((output.reshape(len(y)) - y).abs())
 
 
 def get(chosen: Any, task: str = "classification") -> Loss:

@@ -6,6 +6,7 @@ on ``norm, support, argmax, project, sample``, so that a new threat works with a
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,8 +74,9 @@ class LpBall:
     scale: Any = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        if isinstance(self.p, bool) or not isinstance(self.p, int | float) or not self.p >= 1:
+        if isinstance(self.p, bool) or not isinstance(self.p, numbers.Real) or not self.p >= 1:
             raise InputError(f"p must be a number from 1 to math.inf; got {self.p!r}")
+        object.__setattr__(self, "p", float(self.p))
         object.__setattr__(self, "eps", _budget(self.eps))
         for name in ("lower", "upper", "scale"):
             object.__setattr__(self, name, _number_or_array(getattr(self, name), name))
@@ -344,14 +346,36 @@ class LpBall:
                 )
         if isinstance(self.eps, Tensor) and len(self.eps) != len(x):
             raise InputError(f"there are {len(self.eps)} budgets eps for {len(x)} samples")
-        low = x < self._on(self.lower, x) if self.lower is not None else torch.zeros(())
-        high = x > self._on(self.upper, x) if self.upper is not None else torch.zeros(())
-        if bool(low.any()) or bool(high.any()):
+        if self._outside(x).any():
             raise InputError(
                 f"data outside the box: x spans [{float(x.min()):g}, {float(x.max()):g}], the "
                 f"threat allows [{_span(self.lower)}, {_span(self.upper)}]; scale x, or give "
                 "lower and upper in the units of x"
             )
+
+    def _outside(self, x: Tensor) -> Tensor:
+        wide = x.double()
+        outside = torch.zeros_like(wide, dtype=torch.bool)
+        if self.lower is not None:
+            outside |= wide < self._on(self.lower, wide)
+        if self.upper is not None:
+            outside |= wide > self._on(self.upper, wide)
+        return outside
+
+    def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return x in another dtype, rounded into the box where rounding would leave it.
+
+        Raises
+        ------
+        InputError where x itself does not fit, as `check` has it.
+        """
+        self.check(x)
+        rounded = x.to(dtype)
+        lower = torch.as_tensor(-torch.inf if self.lower is None else self.lower)
+        upper = torch.as_tensor(torch.inf if self.upper is None else self.upper)
+        middle = (lower.clamp(-1e300) / 2 + upper.clamp(max=1e300) / 2).to(x.device, dtype)
+        inwards = torch.nextafter(rounded, middle.expand_as(rounded))
+        return torch.where(self._outside(rounded), inwards, rounded)
 
     def select(self, index: Tensor) -> "LpBall":
         """Return the threat for some of the samples: one budget per sample is indexed along."""
@@ -447,7 +471,8 @@ class LpBall:
         if room is None:
             share = (eps / row_norm(slope, self.p))[:, None]
             return torch.where(gain > 0, slope * share, 0)
-        wish = torch.where(slope > 0, self._level(slope, room, eps)[:, None] * slope, 0)
+        spends = (slope > 0) & (eps > 0)[:, None]
+        wish = torch.where(spends, self._level(slope, room, eps)[:, None] * slope, 0)
         return torch.minimum(wish, room)
 
     def _price(self, gain: Tensor, room: Tensor, eps: Tensor) -> Tensor:

@@ -164,7 +164,7 @@ class _Path:
     def record(self, point: Tensor, value: Tensor, broken: Tensor | None) -> None:
         """Keep the better points; a break counts, whatever the loss says."""
         better = value > self.value
-        self.value = torch.maximum(self.value, value.to(self.value.dtype))
+        self.value = torch.where(better, value.to(self.value.dtype), self.value)
         if broken is not None:
             self.broken, better = broken, better | broken
         self.best = torch.where(column(better, point), point, self.best)
@@ -210,9 +210,9 @@ def _climb(
             goal = climb if path.goal is None else _Along(path.goal, final)
             gradient, value, output = model.gradient(point, path.y, goal)
         broken = None
-        if stop:  # the sign of the margin tells, and NaN is no prediction
+        if stop:  # the sign of the margin tells
             margin = final is losses.margin
-            broken = ~(value <= 0) if margin else final.broken(output, path.y)
+            broken = value > 0 if margin else final.broken(output, path.y)
         path.record(point, value, broken)
         if gradient is None:
             break

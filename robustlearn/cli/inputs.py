@@ -44,10 +44,11 @@ def threat(norm: str, eps: float, lower: float | None, upper: float | None) -> L
 
 def state(out: Path, resume: bool) -> Path:
     """Return the folder of finished batches; clear it unless the run is to go on."""
-    folder = out / "state"
-    if folder.is_dir() and not resume:
-        for path in sorted(folder.rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
+    folder = out / ".robustlearn-state"
+    if not resume:
+        for pattern in ("question.json", "clean.npz", "*/[0-9][0-9][0-9][0-9][0-9][0-9].npz"):
+            for path in folder.glob(pattern):  # what State writes, and nothing else
+                path.unlink()
     return folder
 
 

@@ -15,6 +15,7 @@ from robustlearn.errors import InputError, ModelError
 
 Task = Literal["classification", "regression"]
 Output = Literal["auto", "logits", "probabilities"]
+LOOKED_AT = 256  # samples whose outputs tell what kind they are
 
 
 class Objective(Protocol):
@@ -150,7 +151,7 @@ class Model(ABC):
         self.backwards += len(x)
         if gradient is None:
             gradient = torch.zeros_like(x)
-        return gradient.nan_to_num_(0.0), value, detached
+        return gradient.nan_to_num(0.0), value, detached
 
     def affine(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
         """Return (W, b) in float64 with output = W·flat(x) + b exactly, or None.
@@ -159,24 +160,33 @@ class Model(ABC):
         """
         return None
 
-    def settle(self, x: Tensor, y: Any) -> None:
-        """Decide from the labels what a single output means, if that is open."""
-        if self.task is not None:
+    def settle(self, x: Tensor, y: Tensor | None = None) -> None:
+        """Decide, while that is open, what the outputs mean: logits, probabilities, predictions.
+
+        Looked at are the outputs for the first samples of x, and the labels if there is one
+        output only.
+        """
+        if self.task is not None and (self.task == "regression" or self._probabilities is not None):
             return
-        output = self.raw(x[:1])
-        labels = torch.as_tensor(y) if not isinstance(y, Tensor) else y
-        whole = not labels.is_floating_point() or bool((labels == labels.round()).all())
-        if output.dim() == 2 and output.shape[1] >= 2:
-            self.task = "classification"
-        elif not whole:
-            self.task = "regression"
-        elif bool(((labels == 0) | (labels == 1)).all()):
-            self.task = "classification"
-        else:
-            raise InputError(
-                "the model has one output and the labels are whole numbers other than 0 and 1: "
-                "say wrap(model, task='regression') if they are targets to predict"
-            )
+        with torch.no_grad():
+            output = self.raw(x[:LOOKED_AT])
+        single = output.dim() == 1 or output.shape[1] == 1
+        if self.task is None and (not single or y is not None):
+            self.task = "classification" if not single or y is None else self._meant_by(y)
+        if self.task == "classification":
+            with torch.no_grad():
+                self(x[:LOOKED_AT])
+
+    def _meant_by(self, y: Tensor) -> Task:
+        """Tell from the labels what a single output is."""
+        if y.is_floating_point() and bool((y != y.round()).any()):
+            return "regression"
+        if bool(((y == 0) | (y == 1)).all()):
+            return "classification"
+        raise InputError(
+            "the model has one output and the labels are whole numbers other than 0 and 1: "
+            "say wrap(model, task='regression') if they are targets to predict"
+        )
 
     # ------------------------------------------------------------------ leaving no trace
 
@@ -217,6 +227,10 @@ class Model(ABC):
             stack.enter_context(self._prepared())
             yield
 
+    def rounding(self, size: Tensor) -> Tensor:
+        """Bound what the model's arithmetic does to an output of an affine model, |x| ≤ size."""
+        return torch.full((len(size),), torch.inf, dtype=torch.float64)
+
     def _prepared(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
@@ -248,6 +262,8 @@ class Model(ABC):
                 f"{self.name} returned {output.dtype}, not real numbers; if these are predicted "
                 "labels, say how many classes there are: wrap(model, num_classes=…)"
             )
+        if self.task == "regression" and output.dim() == 2 and output.shape[1] != 1:
+            raise ModelError(f"{self.name} predicts {output.shape[1]} targets; expected one")
         if self.num_classes is None and output.dim() == 2 and output.shape[1] >= 2:
             self.num_classes = output.shape[1]
         return output
@@ -259,6 +275,12 @@ class Model(ABC):
         if self._probabilities is None:
             self._probabilities = self._recognise(output.detach())
         if self._probabilities:
+            if bool(((output < -1e-3) | (output > 1 + 1e-3)).any()):
+                raise ModelError(
+                    f"{self.name} was taken to return probabilities, and returned "
+                    f"{float(output.min()):g} to {float(output.max()):g}: say "
+                    "wrap(model, output='logits') if these are logits"
+                )
             tiny = torch.finfo(output.dtype).tiny
             if output.dim() == 1:
                 output = output.clamp_min(tiny).log() - (1 - output).clamp_min(tiny).log()
@@ -269,23 +291,23 @@ class Model(ABC):
             output = torch.stack([torch.zeros_like(output), output], 1)
         return output
 
-    def _recognise(self, output: Tensor) -> bool | None:
-        """Tell probabilities from logits; None while too few single outputs were seen."""
-        if output.dim() == 1:
-            likely = bool(((output >= 0) & (output <= 1)).all())
-            decided = True if likely else False
-            if likely and len(output) < 16:
-                return None
-        else:
-            sums = (output.sum(1) - 1).abs().amax()
-            decided = bool((output >= 0).all()) and bool(sums < 1e-3)
-        if decided:
-            self.note(
-                f"{self.name} returns probabilities: their logarithms are used as logits, and "
-                "where they are saturated the gradient is lost; return logits if you can, or "
-                "say wrap(model, output='logits') if these are logits"
+    def _recognise(self, output: Tensor) -> bool:
+        """Tell probabilities from logits, or say that it cannot be told."""
+        unit = bool(((output >= 0) & (output <= 1)).all())
+        if output.dim() == 1 and unit:
+            raise InputError(
+                f"the single output of {self.name} lies in [0, 1] for every sample: is it the "
+                "probability of class 1 or a logit? Say wrap(model, task='classification', "
+                "output='probabilities') or output='logits'"
             )
-        return decided
+        if output.dim() == 1 or not unit or bool(((output.sum(1) - 1).abs() > 1e-3).any()):
+            return False
+        self.note(
+            f"{self.name} returns probabilities: their logarithms are used as logits, and "
+            "where they are saturated the gradient is lost; return logits if you can, or "
+            "say wrap(model, output='logits') if these are logits"
+        )
+        return True
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from robustlearn.errors import InputError
 from robustlearn.models.base import Model
-from robustlearn.models.network import Standardize, TorchModel
+from robustlearn.models.network import Rows, Standardize, TorchModel
 
 LINEAR_CLASSIFIERS = {
     "LinearDiscriminantAnalysis",
@@ -167,8 +167,8 @@ def _twin(estimator: Any) -> nn.Sequential:
     steps = getattr(estimator, "steps", None)
     if _known(estimator, {"Pipeline"}) and steps is not None:
         before = [layer for _, step in steps[:-1] for layer in _transformer(step)]
-        return nn.Sequential(nn.Flatten(), *before, *_predictor(steps[-1][1]))
-    return nn.Sequential(nn.Flatten(), *_predictor(estimator))
+        return nn.Sequential(Rows(), *before, *_predictor(steps[-1][1]))
+    return nn.Sequential(Rows(), *_predictor(estimator))
 
 
 def _linear(weight: Any, bias: Any) -> nn.Linear:
@@ -218,7 +218,8 @@ def _transformer(step: Any) -> list[nn.Module]:
     if step is None or step == "passthrough":
         return []
     if _known(step, {"StandardScaler"}):
-        return [_standardize(step.n_features_in_, shift=step.mean_, divisor=step.scale_)]
+        shift = step.mean_ if step.with_mean else None
+        return [_standardize(step.n_features_in_, shift=shift, divisor=step.scale_)]
     if _known(step, {"RobustScaler"}):
         center, scale = getattr(step, "center_", None), getattr(step, "scale_", None)
         return [_standardize(step.n_features_in_, shift=center, divisor=scale)]

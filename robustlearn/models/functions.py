@@ -19,14 +19,14 @@ class FunctionModel(Model):
 
     def __init__(self, function: Callable[[Any], Any], **options: Any) -> None:
         super().__init__(function, **options)
-        self._takes_torch: bool | None = None
+        self._takes: str | None = None
         if self.num_classes is not None and self.task is None:
             self.task = "classification"
 
     def _forward(self, x: Tensor) -> Any:
-        if self._takes_torch is None:
-            self._takes_torch = self._choose(x)
-        output = self._call(x, self._takes_torch)
+        if self._takes is None:
+            self._takes = self._choose(x)
+        output = self._call(x, self._takes)
         whole = np.asarray(output) if not isinstance(output, Tensor) else output.cpu().numpy()
         if whole.ndim == 1 and whole.dtype.kind in "iub" and self.num_classes is not None:
             if whole.size and not 0 <= whole.min() <= whole.max() < self.num_classes:
@@ -38,21 +38,22 @@ class FunctionModel(Model):
             return torch.as_tensor(np.eye(self.num_classes)[whole.astype(int)], device=x.device)
         return output
 
-    def _call(self, x: Tensor, as_torch: bool) -> Any:
+    def _call(self, x: Tensor, kind: str) -> Any:
         point = x.detach().cpu().clone()  # the function may write into it
         with torch.no_grad():
-            return self.source(point if as_torch else point.numpy())
+            if kind == "numpy":
+                return self.source(point.numpy())
+            return self.source(point.float() if kind == "torch float32" else point)
 
-    def _choose(self, x: Tensor) -> bool:
+    def _choose(self, x: Tensor) -> str:
         failed = []
-        for as_torch in (False, True):
+        for kind in ("numpy", "torch", "torch float32"):
             try:
-                self._call(x, as_torch)
-            except Exception as error:
-                failed.append(f"{type(error).__name__}: {error}")
+                self._call(x, kind)
+            except Exception as error:  # noqa: BLE001 - the user's code may raise anything
+                failed.append(f"as {kind}: {type(error).__name__}: {error}")
             else:
-                return as_torch
+                return kind
         raise InputError(
-            f"{self.name} failed on a batch of shape {tuple(x.shape)}, given as a numpy array "
-            f"({failed[0]}) and as a torch tensor ({failed[1]})"
+            f"{self.name} failed on a batch of shape {tuple(x.shape)}: {'; '.join(failed)}"
         )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from robustlearn.errors import InputError
 from robustlearn.models.base import Model
 
 
@@ -48,6 +49,7 @@ AFFINE = {
     nn.AdaptiveAvgPool2d,
     Standardize,
 }
+DTYPES = (torch.float32, torch.float64)
 
 
 class TorchModel(Model):
@@ -69,6 +71,11 @@ class TorchModel(Model):
         floats = [v for v in (*module.parameters(), *module.buffers()) if v.is_floating_point()]
         self.device = floats[0].device if floats else torch.device("cpu")
         self.dtype = floats[0].dtype if floats else torch.get_default_dtype()
+        if self.dtype not in DTYPES:
+            raise InputError(
+                f"{self.name} computes in {self.dtype}; distances are measured in float32 or "
+                "float64: call .float() on the network first"
+            )
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return logits (n, K), or predictions (n,) of a regressor.
@@ -92,7 +99,7 @@ class TorchModel(Model):
         self._known = self._known and self._open
 
     def _forward(self, x: Tensor) -> Any:
-        if self._suspects:
+        if self._suspects and self.task != "regression":
             self._find_head(x[:1])
         point = x.to(self.device, self.dtype)
         if self._writes or not x.requires_grad:  # the caller's input must not be written to
@@ -115,12 +122,12 @@ class TorchModel(Model):
             hook.remove()
 
     def _find_head(self, x: Tensor) -> None:
-        """Look once for a softmax or sigmoid whose output is the network's."""
-        suspects, self._suspects = self._suspects, []
-        seen: dict[int, tuple[nn.Module, Tensor]] = {}
+        """Look for a softmax or sigmoid that runs once, and whose output is the network's."""
+        suspects = self._suspects
+        seen: list[tuple[nn.Module, Tensor]] = []
 
         def remember(module: nn.Module, inputs: Any, output: Tensor) -> None:
-            seen[id(output)] = (module, output)
+            seen.append((module, output))
 
         hooks = [module.register_forward_hook(remember) for module in suspects]
         try:
@@ -129,14 +136,17 @@ class TorchModel(Model):
         finally:
             for hook in hooks:
                 hook.remove()
-        head, _ = seen.get(id(output), (None, None))
-        if head is None:
-            return
         single = output.dim() == 1 or output.shape[1] == 1
-        if isinstance(head, nn.Sigmoid) == single:
-            self._head, self._probabilities = head, False
+        if single and self.task is None:
+            return  # it may be a regressor with a bounded output
+        self._suspects = []
+        last = [module for module, result in seen if result is output]
+        if len(last) != 1 or sum(module is last[0] for module, _ in seen) != 1:
+            return
+        if isinstance(last[0], nn.Sigmoid) == single:
+            self._head, self._probabilities = last[0], False
             self.note(
-                f"{self.name} ends in {type(head).__name__}: the logits before it are used "
+                f"{self.name} ends in {type(last[0]).__name__}: the logits before it are used "
                 "instead, because saturated probabilities hide the gradient"
             )
 
@@ -161,11 +171,9 @@ class TorchModel(Model):
 
     def affine(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
         """Return (W, b) of a chain of affine layers; W from autograd in float64."""
-        leaves = [leaf for leaf in _chain(self.module) if leaf is not self._head]
-        if not all(_is_affine(leaf) for leaf in leaves):
+        chain = self._affine_chain(shape)
+        if chain is None:
             return None
-        chain = copy.deepcopy(nn.Sequential(*leaves)).to("cpu", torch.float64)
-        chain.eval().requires_grad_(False)
         origin = torch.zeros(1, *shape, dtype=torch.float64)
 
         def function(x: Tensor) -> Tensor:
@@ -176,6 +184,55 @@ class TorchModel(Model):
 
         weight = torch.autograd.functional.jacobian(function, origin)
         return weight.reshape(len(weight), -1), function(origin)
+
+    def rounding(self, size: Tensor) -> Tensor:
+        """Bound what rounding does to any output of an affine chain, where |x| ≤ size.
+
+        u·Σ(terms of a layer)·(|W_L|(…(|W_1|·size + |b_1|)…) + |b_L|), u the unit roundoff of the
+        dtype: each layer's dot products err by γ of the sizes that enter them (Higham, 2002).
+
+        Parameters
+        ----------
+        size : (n, *shape) in float64.
+
+        Returns
+        -------
+        (n,) the largest over the outputs.
+        """
+        chain = self._affine_chain(tuple(size.shape[1:]))
+        if chain is None:
+            return torch.full((len(size),), torch.inf, dtype=torch.float64)
+        for layer in chain:
+            for name, value in (*layer.named_parameters(), *layer.named_buffers()):
+                if value.is_floating_point() and name != "running_var":
+                    value.copy_(-value.abs() if name in ("running_mean", "shift") else value.abs())
+        terms = sum(4 + getattr(layer, "weight", size).shape[1:].numel() for layer in chain)
+        output = chain(size).reshape(len(size), -1).amax(1)
+        return torch.finfo(self.dtype).eps / 2 * terms * output
+
+    def _affine_chain(self, shape: tuple[int, ...]) -> nn.Sequential | None:
+        """Return a float64 copy of the layers without the head, if all of them are affine."""
+        if self._suspects and self.task != "regression":
+            with self.session(), torch.no_grad():
+                self._find_head(torch.zeros(1, *shape, dtype=self.dtype, device=self.device))
+        leaves = [leaf for leaf in _chain(self.module) if leaf is not self._head]
+        if self._probabilities or not all(_is_affine(leaf) for leaf in leaves):
+            return None
+        chain = copy.deepcopy(nn.Sequential(*leaves)).to("cpu", torch.float64)
+        return chain.eval().requires_grad_(False)
+
+    def _recognise(self, output: Tensor) -> bool:
+        """Tell probabilities from logits; an affine network cannot give probabilities."""
+        affine = self._head is None and all(_is_affine(leaf) for leaf in _chain(self.module))
+        return False if affine else super()._recognise(output)
+
+
+class Rows(nn.Module):
+    """Flatten every sample, single numbers included."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (n, d)."""
+        return x.reshape(len(x), -1)
 
 
 def _chain(module: nn.Module) -> list[nn.Module]:
@@ -191,5 +248,7 @@ def _altered(module: nn.Module) -> bool:
 
 def _is_affine(leaf: nn.Module) -> bool:
     """Tell a layer that is affine in evaluation mode, by its exact type."""
+    if type(leaf) is Rows:
+        return True
     untracked = isinstance(leaf, nn.modules.batchnorm._BatchNorm) and leaf.running_mean is None
     return type(leaf) in AFFINE and not untracked and not _altered(leaf)

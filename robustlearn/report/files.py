@@ -26,7 +26,7 @@ def write(document: dict[str, Any], arrays: Mapping[str, np.ndarray], folder: Pa
     _replace(folder / "report.json", text.encode())
     _replace(folder / "samples.csv", samples_csv(document).encode())
     packed = io.BytesIO()
-    np.savez_compressed(packed, allow_pickle=False, **arrays)
+    np.savez_compressed(packed, **arrays)  # type: ignore[arg-type]
     _replace(folder / "adversarial.npz", packed.getvalue())
     _replace(folder / "report.html", page(document).encode())
     return folder
