@@ -17,6 +17,10 @@ def as_tensor(values: Any, name: str = "x") -> Tensor:
     if isinstance(values, Tensor):
         return values.detach()
     array = values.to_numpy() if hasattr(values, "to_numpy") else np.asarray(values)
+    if array.dtype == object and hasattr(values, "dtypes"):  # columns of several kinds
+        kinds = np.atleast_1d(np.asarray(values.dtypes))
+        if all(getattr(kind, "kind", "O") in "biuf" for kind in kinds):
+            array = array.astype(float)
     if array.dtype.kind not in "biuf":
         raise InputError(
             f"{name} must hold numbers, but its type is {array.dtype}; "

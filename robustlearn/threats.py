@@ -371,11 +371,14 @@ class LpBall:
         """
         self.check(x)
         rounded = x.to(dtype)
-        lower = torch.as_tensor(-torch.inf if self.lower is None else self.lower)
-        upper = torch.as_tensor(torch.inf if self.upper is None else self.upper)
-        middle = (lower.clamp(-1e300) / 2 + upper.clamp(max=1e300) / 2).to(x.device, dtype)
-        inwards = torch.nextafter(rounded, middle.expand_as(rounded))
-        return torch.where(self._outside(rounded), inwards, rounded)
+        for wall, inwards in ((self.lower, torch.inf), (self.upper, -torch.inf)):
+            if wall is None:
+                continue
+            over = rounded.double() - self._on(wall, rounded.double())
+            outside = over < 0 if inwards > 0 else over > 0
+            moved = torch.nextafter(rounded, torch.full_like(rounded, inwards))
+            rounded = torch.where(outside, moved, rounded)
+        return rounded
 
     def select(self, index: Tensor) -> "LpBall":
         """Return the threat for some of the samples: one budget per sample is indexed along."""

@@ -142,6 +142,18 @@ def test_certify(folder, capsys):
     assert "no certificate applies to scores" in capsys.readouterr().err
 
 
+def test_an_output_folder_keeps_what_is_in_it(folder):
+    kept = folder / "r" / ".robustlearn-state" / "keep" / "thesis.txt"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("years")
+    (folder / "r" / "state").mkdir()
+    (folder / "r" / "state" / "mine.npz").write_text("mine")
+    for _ in range(2):
+        assert evaluate("my_module.py:build", "--out", "r", "--attacks", "fgsm", "--quiet") == 0
+    assert kept.read_text() == "years"
+    assert (folder / "r" / "state" / "mine.npz").read_text() == "mine"
+
+
 def test_resume(folder, capsys):
     assert evaluate("my_module.py:build", "--out", "r", "--attacks", "fgsm") == 0
     first = json.loads((folder / "r" / "report.json").read_text())

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 
 import numpy as np
 import pandas as pd
@@ -182,6 +181,14 @@ def test_the_rest_of_the_options(linear, iris):
     }
     with pytest.raises(InputError, match="name:key=value"):
         plan("pgd:steps")
+    for wrong, message in (
+        ("pgd:foo=3", "pgd has no option 'foo'; it has loss, steps"),
+        ("pgd:steps=abc", "pgd: steps must be like 40; got 'abc'"),
+        ("pgd:steps=2.5", "steps must be like 40"),
+        ("pgd:random_start=2", "random_start must be like True"),
+    ):
+        with pytest.raises(InputError, match=message):
+            plan(wrong)
 
 
 @pytest.mark.parametrize(("k", "n"), [(0, 10), (3, 10), (10, 10), (480, 500)])
@@ -239,26 +246,24 @@ def test_an_attack_that_cheats_is_an_error_not_a_success(cheating, linear, iris)
 
 
 def test_a_success_that_does_not_repeat_does_not_count(iris):
-    """A model whose answer depends on the company that a sample keeps."""
-    x, y = iris
+    """A model that errs on moved points, but only in batches of the attack's size."""
+    x, _ = iris  # multiples of 0.1
+    x = np.tile(x[:50], (2, 1))
 
     def shy(batch):
-        out = np.zeros((len(batch), 3))
-        out[:, 0] = 1.0 if len(batch) != 50 else -1.0
-        return out
+        moved = (np.abs(batch * 10 - np.round(batch * 10)) > 1e-6).any(1)
+        return np.stack([np.where(moved & (len(batch) == 50), -1.0, 1.0), np.zeros(len(batch))], 1)
 
-    first = y == 0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        report = rl.evaluate(
-            shy,
-            np.repeat(x[first], 2, axis=0)[:100],
-            np.zeros(100, int),
-            rl.LpBall(2, 0.3),
-            attacks=[("square", {"queries": 3})],
-            batch_size=50,
-        )
-    assert all(s.broken_by is None for s in report.samples)
+    report = rl.evaluate(
+        rl.wrap(shy, output="logits"),
+        x,
+        np.zeros(100, int),
+        rl.LpBall(2, 0.3),
+        attacks=[("square", {"queries": 3})],
+        batch_size=50,
+    )
+    assert report.attacked.value == 1
+    assert report.attacks[0].unstable == 100
 
 
 def test_a_contradiction_is_never_reported_as_a_number(linear, iris, monkeypatch):

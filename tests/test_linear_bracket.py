@@ -201,7 +201,7 @@ def test_no_certificate_is_an_answer_with_a_reason():
         rl.certify(nn.Linear(1, 2), [[1.0], [math.nan]], rl.LpBall(2, 0.1))
 
 
-def test_two_thousand_images_are_certified_in_a_second():
+def test_two_thousand_images_are_certified_in_seconds():
     import time
 
     torch.manual_seed(0)

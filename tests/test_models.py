@@ -156,6 +156,20 @@ def test_pipelines_of_affine_steps_are_exact(step):
         np.testing.assert_allclose(rows() @ weight.numpy().T + bias.numpy(), logits, atol=1e-10)
 
 
+def test_a_scaler_that_does_not_center():
+    scaler = preprocessing.StandardScaler(with_mean=False)
+    pipeline = fitted(make_pipeline(scaler, linear_model.RidgeClassifier()))
+    model = rl.wrap(pipeline)
+    assert isinstance(model, TorchModel)
+    expected = pipeline.decision_function(X)
+    np.testing.assert_allclose(model(torch.as_tensor(X)), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_one_feature_as_a_row_of_numbers():
+    model = rl.wrap(fitted(linear_model.RidgeClassifier(), X[:, :1], Y))
+    assert model(torch.as_tensor(X[:, 0])).shape == (178, 3)
+
+
 def test_other_estimators_are_black_boxes_with_their_own_predictions():
     polynomial = make_pipeline(preprocessing.PolynomialFeatures(2), linear_model.RidgeClassifier())
     for estimator in (

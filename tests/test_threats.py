@@ -210,6 +210,10 @@ def test_eps_zero_is_a_point():
             assert torch.equal(threat.restrict(x, g), x)
             assert threat.support(g, x).abs().max() == 0
             assert threat.argmax(g, x).abs().max() == 0
+    walled = LpBall(2, 0.0, lower=0.0, upper=1.0)
+    assert walled.argmax(torch.ones(1, 2), torch.ones(1, 2)).tolist() == [[0, 0]]
+    frozen = LpBall(2, 0.0, mask=[False, False])
+    assert frozen.argmax(torch.ones(1, 2)).tolist() == [[0, 0]]
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from robustlearn import _tensor
 from robustlearn.errors import InputError
-from robustlearn.models import Model, wrap
+from robustlearn.models import Model, check_range, wrap
 from robustlearn.registry import Registry
 from robustlearn.threats import LpBall
 
@@ -39,15 +40,23 @@ def attack(*, needs: Needs, norms: str = "any") -> Callable[[Attack], Attack]:
         @functools.wraps(function)
         def run(model: Any, x: Tensor, y: Tensor, threat: LpBall, **options: Any) -> Tensor:
             model = wrap(model)
+            if not (isinstance(x, Tensor) and x.is_floating_point() and isinstance(y, Tensor)):
+                raise InputError(f"{name} takes x as a tensor of floats and y as a tensor")
+            if len(x) != len(y):
+                raise InputError(f"x has {len(x)} samples, y has {len(y)}")
             if len(x) == 0:
                 return x.clone()
+            _tensor.check_points(x)
             threat.check(x)
             reason = unsuitable(name, model, threat, tuple(x.shape[1:]))
             if reason is not None:
                 raise InputError(reason)
             with model.session(), torch.no_grad():
                 model.settle(x, y)
-                labels = y.long() if model.task == "classification" else y
+                labels = y
+                if model.task == "classification":
+                    labels = y.long()
+                    check_range(model, labels)
                 return function(model, x.detach(), labels, threat, **options)
 
         ATTACKS.register(name, needs=needs, norms=norms)(run)

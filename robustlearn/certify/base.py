@@ -9,6 +9,7 @@ from torch import Tensor
 from robustlearn import _tensor
 from robustlearn.errors import InputError
 from robustlearn.models import Model, wrap
+from robustlearn.models import labels as labels_of
 from robustlearn.registry import Registry
 from robustlearn.threats import LpBall
 
@@ -62,7 +63,8 @@ def certify(
     x : (n, *shape) array, tensor or data frame.
     threat : the set of changes; ``radius`` is measured in its norm and respects its box, mask
         and scale, ``certified`` and ``margin`` are about its eps.
-    y : labels 0 … K−1 (targets of a regressor); by default the prediction is what must hold.
+    y : labels, as `robustlearn.evaluate` takes them (targets of a regressor); by default the
+        prediction is what must hold.
     method : name in `CERTIFICATES`, or ``"auto"`` for the strongest that applies.
 
     Raises
@@ -81,15 +83,9 @@ def certify(
     model = wrap(model)
     points = _tensor.as_tensor(x)
     _tensor.check_points(points)
-    points = points.to(model.device, model.dtype)
-    threat.check(points)
+    points = threat.cast(points, model.dtype).to(model.device)
     shape = tuple(points.shape[1:])
-    labels = None
-    if y is not None:
-        labels = _tensor.as_tensor(y, "y").to(model.device)
-        if len(labels) != len(points):
-            raise InputError(f"there are {len(labels)} labels for {len(points)} samples")
-        model.settle(points, labels)
+    labels = None if y is None else labels_of(model, points, y).to(model.device)
     names = applicable(model, threat, shape)
     if method != "auto":
         CERTIFICATES[method]  # an unknown name is told as such

@@ -28,7 +28,9 @@ def linear(model: Model, x: Tensor, threat: LpBall, y: Tensor | None) -> Certifi
     min_j m_j − support(v_j); the radius is the smallest ε at which one of them is 0, that is
     min_j m_j / ‖scale·v_j‖_q without walls. Regressor, r = wᵀx + b − y: the prediction stays in
     [f − support(−w), f + support(w)] and the squared error below max(|r ± support(±w)|)², which
-    is (|r| + ε‖w‖_q)² without walls. All in float64, O(d log d) a sample and rival class.
+    is (|r| + ε‖w‖_q)² without walls. All in float64, O(d log d) a sample and rival class;
+    ``certified``, the interval and the loss leave room for the rounding of the model itself
+    (`Model.rounding`), radius and margin are those of real arithmetic.
 
     Parameters
     ----------
@@ -40,7 +42,7 @@ def linear(model: Model, x: Tensor, threat: LpBall, y: Tensor | None) -> Certifi
     weight, bias = affine
     x = x.detach().cpu().double()
     if model.task == "regression":
-        return _interval(weight[0], bias[0], x, threat, y)
+        return _interval(weight[0], bias[0], x, threat, y, _rounding(model, x, threat))
     if len(weight) < 2:
         raise InputError(
             "the model has one output: say wrap(model, task='regression') or "
@@ -65,7 +67,7 @@ def linear(model: Model, x: Tensor, threat: LpBall, y: Tensor | None) -> Certifi
     bound = torch.where(gap > 0, gap / unwalled, 0).masked_fill(own, torch.inf)
     radius = _least(distance, bound, x)
     predicted = scores.argmax(1) == label
-    slack = _rounding(model, weight, bias, x, threat)
+    slack = 2 * _rounding(model, x, threat)  # a margin is the difference of two outputs
     return Certificate(
         method="linear",
         exact=True,
@@ -76,12 +78,12 @@ def linear(model: Model, x: Tensor, threat: LpBall, y: Tensor | None) -> Certifi
 
 
 def _interval(
-    weight: Tensor, bias: Tensor, x: Tensor, threat: LpBall, y: Tensor | None
+    weight: Tensor, bias: Tensor, x: Tensor, threat: LpBall, y: Tensor | None, slack: Tensor
 ) -> Certificate:
     prediction = flat(x) @ weight + bias
     direction = weight.reshape(1, *x.shape[1:]).expand_as(x)
-    upper = prediction + threat.support(direction, x)
-    lower = prediction - threat.support(-direction, x)
+    upper = prediction + threat.support(direction, x) + slack
+    lower = prediction - threat.support(-direction, x) - slack
     loss = None
     if y is not None:
         target = y.detach().cpu().double()
@@ -149,13 +151,8 @@ def _radius(threat: LpBall, direction: Tensor, gap: Tensor, x: Tensor) -> Tensor
     return torch.where(t.squeeze(1).isinf(), torch.inf, radius)
 
 
-def _rounding(model: Model, weight: Tensor, bias: Tensor, x: Tensor, threat: LpBall) -> Tensor:
-    """Bound how far the model's own arithmetic may move a difference of two scores.
-
-    γ_d(|W|·|x + δ| + |b|) for a dot product of d terms (Higham, 2002), in the model's dtype.
-    """
-    eps = torch.as_tensor(threat.eps, dtype=torch.float64).reshape(-1, 1)
-    scale = 1.0 if threat.scale is None else torch.as_tensor(threat.scale).reshape(1, -1)
-    size = (flat(x).abs() + eps * scale) @ weight.abs().T + bias.abs()
-    unit = torch.finfo(model.dtype).eps / 2 * (flat(x).shape[1] + 2)
-    return 2 * unit * size.amax(1)
+def _rounding(model: Model, x: Tensor, threat: LpBall) -> Tensor:
+    """Bound how far the model's own arithmetic may move an output over the threat."""
+    eps = torch.as_tensor(threat.eps, dtype=torch.float64).reshape(-1, *[1] * (x.dim() - 1))
+    scale = 1.0 if threat.scale is None else torch.as_tensor(threat.scale)
+    return model.rounding(x.abs() + eps * scale)

@@ -20,6 +20,7 @@ from robustlearn.evaluate.harness import Harness, Progress, Tally, attacked
 from robustlearn.evaluate.plans import PRESETS, plan
 from robustlearn.evaluate.results import AttackRun, Estimate, Report, Sample
 from robustlearn.evaluate.state import State
+from robustlearn.models import labels as labels_of
 from robustlearn.models import wrap
 from robustlearn.threats import LpBall
 
@@ -94,9 +95,8 @@ def evaluate(
     points = inputs.points(x, threat)
     steps = plan(attacks)
     with model.on(device):
-        points = points.to("cpu", model.dtype)
-        threat.check(points)
-        labels = inputs.labels(model, points, y)
+        points = threat.cast(points, model.dtype)
+        labels = labels_of(model, points, y)
         numbers = torch.arange(len(points)) if indices is None else torch.as_tensor(indices)
         harness = Harness(
             model, points, labels, threat, numbers, max(1, batch_size), seed, progress or _silent
@@ -153,7 +153,10 @@ class _Evaluation:
             self.notes.append(
                 "no attack ran on this model and threat: the attacked figure is only the clean one"
             )
-        named = self.model.classes if classes is None else classes
+        columns = self.model.classes
+        named = columns if classes is None else classes
+        if columns is not None and columns.tolist() != list(range(len(columns))):
+            named = None  # labels are shown as they are
         return Report(
             model=self.model.name,
             data=data,
@@ -201,7 +204,13 @@ class _Evaluation:
             about["reason"] = f"no certificate ({known}) applies to this model and threat"
         else:
             self.harness.progress("certificate", 0, len(self.x))
-            certificate = prove(self.model, self.x, self.threat, y=self.y, method=self.method)
+            certificate = prove(
+                self.model,
+                self.x,
+                self.threat,
+                y=self._named(self.y.numpy()),
+                method=self.method,
+            )
             self.harness.progress("certificate", len(self.x), len(self.x))
             return certificate, about | {"method": certificate.method, "exact": certificate.exact}
         return None, about
@@ -213,16 +222,20 @@ class _Evaluation:
         some = self.right.nonzero().squeeze(1)[: min(64, self.harness.batch_size)]
         if len(some) == 0:
             return None
-        x, y = (t[some].to(self.model.device) for t in (self.x, self.y))
+
+        def steep(rows: Tensor) -> Tensor:
+            x, y = (t[rows].to(self.model.device) for t in (self.x, self.y))
+            return self.model.gradient(x, y, self.harness.loss)[0].reshape(len(rows), -1).cpu()
+
         try:
-            gradient, _, _ = self.model.gradient(x, y, self.harness.loss)
+            gradient = torch.cat([found for _, found in self.harness.batches("", some, steep)])
         except ModelError as error:
             self.notes.append(str(error))
             return "no gradient flows through the model"
-        flat = int((gradient.reshape(len(x), -1).abs().amax(1) == 0).sum())
+        flat = int((gradient.abs().amax(1) == 0).sum())
         if flat:
             self.notes.append(
-                f"the gradient is exactly zero for {flat} of {len(x)} samples looked at: it may "
+                f"the gradient is exactly zero for {flat} of {len(some)} samples looked at: it may "
                 "be masked (rounding, saturation, steps), and then attacks by gradient prove little"
             )
         return None
@@ -296,9 +309,14 @@ class _Evaluation:
             low, high = torch.where(broken, low, middle), torch.where(broken, middle, high)
 
     def _check(self, certificate: Certificate | None) -> None:
-        if certificate is None or certificate.certified is None:
+        if certificate is None:
             return
-        both = certificate.certified & ~self.standing.numpy()
+        if certificate.certified is not None:
+            both = certificate.certified & (self.right & ~self.standing).numpy()
+        elif certificate.loss is not None:
+            both = self.worst.double().numpy() > certificate.loss
+        else:
+            return
         if both.any():
             first = np.flatnonzero(both)[:5].tolist()
             raise ContradictionError(

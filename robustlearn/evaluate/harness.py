@@ -100,10 +100,13 @@ class Harness:
         value, claimed = self.loss(first, y), self.loss.broken(first, y)
         broken = claimed.clone()
         again = claimed.nonzero().squeeze(1)
-        size = max(1, min(len(again), self.batch_size) // 2 + 1)
-        for part in again.split(size) if len(again) else ():
+        before = min(len(rows), self.batch_size)
+        for part in again.split(max(1, before // 2)) if len(again) else ():
+            points = self._there(x_adv[part])
+            if len(part) == before:  # another size all the same
+                points = torch.cat([points, points])
             with torch.no_grad():
-                output = self.model(self._there(x_adv[part])).cpu()
+                output = self.model(points)[: len(part)].cpu()
             broken[part] = self.loss.broken(output, y[part])
         return value, broken, int((claimed & ~broken).sum())
 

@@ -33,48 +33,6 @@ def points(x: Any, threat: LpBall) -> Tensor:
     return points
 
 
-def labels(model: Model, x: Tensor, y: Any) -> Tensor:
-    """Return labels as column numbers, or targets as floats; everything about them is checked."""
-    array = np.array(y.detach().cpu() if isinstance(y, Tensor) else y)
-    if array.ndim == 2 and array.shape[1] == 1:
-        array = array[:, 0]
-    if array.shape != (len(x),):
-        hint = "; for one-hot labels give y.argmax(axis=1)" if array.ndim == 2 else ""
-        raise InputError(f"x has {len(x)} samples, but y has shape {array.shape}{hint}")
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        raise InputError("y holds NaN or infinity")
-    if model.classes is not None:
-        known = np.asarray(model.classes)
-        place = {value: column for column, value in enumerate(known.tolist())}
-        strange = sorted({str(v) for v in array.tolist() if v not in place})
-        if strange:
-            raise InputError(
-                f"y holds labels that {model.name} does not know: {', '.join(strange[:5])}; it "
-                f"knows {', '.join(map(str, known[:10]))}"
-            )
-        return torch.tensor([place[v] for v in array.tolist()])
-    if array.dtype.kind not in "biuf":
-        raise InputError(f"y must hold class numbers 0 … K−1 (or targets); it holds {array.dtype}")
-    first = x[:1].to(model.device)
-    model.settle(first, torch.as_tensor(array))
-    if model.task == "regression":
-        return torch.as_tensor(array, dtype=model.dtype)
-    if array.dtype.kind == "f" and (array != np.round(array)).any():
-        raise InputError(
-            f"y must hold class numbers for the classifier {model.name}, but holds fractions like "
-            f"{array[array != np.round(array)][0]:g}; wrap a regressor with task='regression'"
-        )
-    labels = torch.as_tensor(array.astype(np.int64))
-    model(first)
-    count = int(model.num_classes or 0)
-    if int(labels.min()) < 0 or int(labels.max()) >= count:
-        raise InputError(
-            f"labels out of range: y spans {int(labels.min())} to {int(labels.max())}, but "
-            f"{model.name} has {count} classes, numbered from 0"
-        )
-    return labels
-
-
 def finite(model: Model, output: Tensor) -> Tensor:
     """Return the clean output, or raise a ModelError if it holds NaN."""
     bad = output.reshape(len(output), -1).isnan().any(1)

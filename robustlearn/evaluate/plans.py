@@ -1,5 +1,6 @@
 """Which attacks run, in which order."""
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -47,9 +48,26 @@ def plan(attacks: str | Sequence[Any]) -> list[tuple[str, str, dict[str, Any]]]:
                 f"there is no attack named {name!r}; there are {', '.join(ATTACKS)}, and the "
                 f"presets {presets}"
             )
+        _check_options(name, options)
         label = ":".join([name, *(f"{key}={value}" for key, value in options.items())])
         steps.append((label, name, options))
     return steps
+
+
+def _check_options(name: str, options: dict[str, Any]) -> None:
+    """Raise an InputError for an option that the attack does not have, or of another type."""
+    known = inspect.signature(ATTACKS[name].function).parameters
+    for key, value in options.items():
+        if key not in known or known[key].kind is not inspect.Parameter.KEYWORD_ONLY:
+            names = [k for k, p in known.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+            raise InputError(f"{name} has no option {key!r}; it has {', '.join(names)}")
+        default = known[key].default
+        wrong = isinstance(default, bool) != isinstance(value, bool) and default is not None
+        wrong |= isinstance(default, int) and key != "generator" and not isinstance(value, int)
+        wrong |= isinstance(default, float) and not isinstance(value, int | float)
+        wrong |= isinstance(default, str) and not isinstance(value, str)
+        if wrong:
+            raise InputError(f"{name}: {key} must be like {default!r}; got {value!r}")
 
 
 def _parse(text: str) -> Step:

@@ -44,8 +44,8 @@ class Estimate:
     def mean(cls, values: np.ndarray) -> "Estimate":
         """Mean with Student's interval; the interval of one value is unbounded."""
         n, value = len(values), float(np.mean(values))
-        if n == 1:
-            return cls(value, -math.inf, math.inf, 1)
+        if n == 1 or not math.isfinite(value):
+            return cls(value, -math.inf, math.inf, n)
         half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
         return cls(value, value - half, value + half, n)
 

@@ -9,9 +9,18 @@ from robustlearn.errors import InputError
 from robustlearn.models.base import Model, Output, Task
 from robustlearn.models.estimators import EstimatorModel, wrap_estimator
 from robustlearn.models.functions import FunctionModel
+from robustlearn.models.labels import check_range, labels
 from robustlearn.models.network import TorchModel
 
-__all__ = ["EstimatorModel", "FunctionModel", "Model", "TorchModel", "wrap"]
+__all__ = [
+    "EstimatorModel",
+    "FunctionModel",
+    "Model",
+    "TorchModel",
+    "check_range",
+    "labels",
+    "wrap",
+]
 
 
 def wrap(
@@ -53,7 +62,7 @@ def wrap(
         return model
     if isinstance(model, nn.Module):
         return TorchModel(model, task=task, output=output)
-    if hasattr(model, "fit") and hasattr(model, "predict"):
+    if hasattr(model, "predict") or hasattr(model, "predict_proba"):
         return wrap_estimator(model, output=output)
     if isinstance(model, type):
         raise InputError(f"{model.__name__} is a class: make an instance of it first")

@@ -67,6 +67,7 @@ class Model(ABC):
         self.notes: list[str] = []
         self._probabilities = {"auto": None, "logits": False, "probabilities": True}[output]
         self._open = False
+        self._plain = False  # whether the last raw output was columns of a tensor
 
     @abstractmethod
     def _forward(self, x: Tensor) -> Any:
@@ -243,6 +244,7 @@ class Model(ABC):
             warnings.warn(text, UserWarning, stacklevel=2)
 
     def _checked(self, output: Any, x: Tensor) -> Tensor:
+        self._plain = isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] >= 2
         if not isinstance(output, Tensor):
             output = getattr(output, "logits", output)  # transformers wrap theirs
         if not isinstance(output, Tensor):

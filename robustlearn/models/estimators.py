@@ -109,12 +109,32 @@ class EstimatorModel(Model):
         options["task"] = "classification" if kind == "classifier" else "regression"
         if isinstance(classes, list):
             raise InputError("estimators with several outputs at once are not supported")
+        if classes is not None and len(classes) < 2:
+            raise InputError(f"{type(estimator).__name__} knows one class only: {classes[0]!r}")
         super().__init__(estimator, classes=classes, **options)
         names = ("decision_function", "predict_proba", "predict")
         methods = names if self.task == "classification" else ("predict",)
         self.method = next(name for name in methods if hasattr(estimator, name))
         if self._probabilities is None:
             self._probabilities = self.method == "predict_proba"
+
+    def settle(self, x: Tensor, y: Tensor | None = None) -> None:
+        """Ask for labels instead of scores where the two disagree on x."""
+        if self.task == "regression" or self.method == "predict":
+            return
+        rows = x.detach().reshape(len(x), -1).cpu().double().numpy()
+        predicted = np.asarray(self.source.predict(as_trained(self.source, rows)))
+        scores = np.asarray(getattr(self.source, self.method)(as_trained(self.source, rows)))
+        columns = 1 if self.num_classes == 2 and scores.ndim == 1 else self.num_classes
+        if scores.reshape(len(x), -1).shape[1] == columns:
+            best = scores > 0 if columns == 1 else scores.argmax(1)
+            if (np.asarray(self.classes)[np.asarray(best, int)] == predicted).all():
+                return
+        self.note(
+            f"{self.name} predicts other classes than its {self.method} ranks first: its "
+            "predicted labels are used, and attacks have no scores to follow"
+        )
+        self.method, self._probabilities = "predict", False
 
     def _forward(self, x: Tensor) -> Any:
         rows = x.detach().reshape(len(x), -1).cpu().double().numpy()
@@ -135,8 +155,11 @@ def as_trained(estimator: Any, rows: np.ndarray) -> Any:
 
 
 def _estimator_type(estimator: Any) -> str | None:
-    from sklearn.base import is_classifier, is_regressor
+    from sklearn.base import BaseEstimator, is_classifier, is_regressor
 
+    if not isinstance(estimator, BaseEstimator):  # something with the same methods
+        classifies = hasattr(estimator, "classes_") or hasattr(estimator, "predict_proba")
+        return "classifier" if classifies else "regressor"
     if is_classifier(estimator):
         return "classifier"
     return "regressor" if is_regressor(estimator) else None
@@ -148,9 +171,12 @@ def _final(estimator: Any) -> Any:
 
 
 def _check_fitted(estimator: Any) -> None:
+    from sklearn.base import BaseEstimator
     from sklearn.exceptions import NotFittedError
     from sklearn.utils.validation import check_is_fitted
 
+    if not isinstance(estimator, BaseEstimator):
+        return
     try:
         check_is_fitted(estimator)
     except NotFittedError as error:

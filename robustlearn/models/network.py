@@ -87,8 +87,8 @@ class TorchModel(Model):
             self.forwards += len(x)
             return self.module(x)
         output = super().__call__(x)
-        plain = self._head is None and self._probabilities is False and not self._writes
-        self._known = plain and x.requires_grad and self.task == "classification"
+        known = self._plain and self._probabilities is False and not self._writes
+        self._known = known and self._head is None and x.requires_grad
         return output
 
     @contextlib.contextmanager
@@ -206,7 +206,7 @@ class TorchModel(Model):
             for name, value in (*layer.named_parameters(), *layer.named_buffers()):
                 if value.is_floating_point() and name != "running_var":
                     value.copy_(-value.abs() if name in ("running_mean", "shift") else value.abs())
-        terms = sum(4 + getattr(layer, "weight", size).shape[1:].numel() for layer in chain)
+        terms = sum(4 + _terms(layer, size) for layer in chain)
         output = chain(size).reshape(len(size), -1).amax(1)
         return torch.finfo(self.dtype).eps / 2 * terms * output
 
@@ -233,6 +233,12 @@ class Rows(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return (n, d)."""
         return x.reshape(len(x), -1)
+
+
+def _terms(layer: nn.Module, size: Tensor) -> int:
+    """How many numbers are added up for one output of an affine layer."""
+    weight = getattr(layer, "weight", None)
+    return (weight if isinstance(weight, Tensor) else size).shape[1:].numel()
 
 
 def _chain(module: nn.Module) -> list[nn.Module]:

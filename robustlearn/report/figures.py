@@ -41,8 +41,10 @@ def curve(evaluation: dict[str, Any]) -> Markup | None:
 def margins(evaluation: dict[str, Any]) -> Markup | None:
     """Histogram of the margins, clean and the smallest found."""
     samples = evaluation["samples"]
-    clean = [s["clean_margin"] for s in samples if s["clean_margin"] is not None]
-    found = [s["attacked_margin"] for s in samples if s["attacked_margin"] is not None]
+    clean, found = (
+        [float(s[name]) for s in samples if s[name] is not None]
+        for name in ("clean_margin", "attacked_margin")
+    )
     values = np.array(clean + found, dtype=float)
     values = values[np.isfinite(values)]
     if evaluation["task"] != "classification" or values.size == 0:

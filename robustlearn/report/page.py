@@ -40,6 +40,8 @@ def number(value: Any) -> str:
         return "–"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if value == "inf":
+        return "∞"
     if isinstance(value, float):
         return "∞" if math.isinf(value) and value > 0 else f"{value:.4g}"
     return str(value)
@@ -73,14 +75,15 @@ def _used(evaluation: dict[str, Any], key: str) -> bool:
 def _summary(evaluation: dict[str, Any]) -> str:
     attacked, certified = evaluation["attacked"], evaluation["certified"]
     if evaluation["task"] == "regression":
+        clean, found = number(evaluation["clean"]["value"]), number(attacked["value"])
         if certified is None:
             return (
-                f"Attacks raise the mean squared error from {evaluation['clean']['value']:.4g} to "
-                f"at least {attacked['value']:.4g}; no certificate bounds it from above."
+                f"Attacks raise the mean squared error from {clean} to at least {found}; no "
+                "certificate bounds it from above."
             )
         return (
-            f"The mean worst squared error lies between {attacked['value']:.4g} (found) and "
-            f"{certified['value']:.4g} (proven); clean it is {evaluation['clean']['value']:.4g}."
+            f"The mean worst squared error lies between {found} (found) and "
+            f"{number(certified['value'])} (proven); clean it is {clean}."
         )
     if certified is None:
         return (

@@ -32,4 +32,6 @@ def figure(estimate: dict[str, Any] | None, task: str, gap: str = " ") -> str:
 
 
 def _shown(form: str, value: Any) -> str:
+    if value is None:
+        return "?"
     return value if isinstance(value, str) else form.format(value)
