@@ -44,7 +44,7 @@ Make = Callable[[nn.Module, float, float], Attack]  # network, eps, step size
 def main() -> None:
     """Measure, print a table, write the rows."""
     given = recording.arguments(__doc__.split("\n", 1)[0])
-    rounds, batches = (9, (64, 512)) if given.full else (2, (64,))
+    rounds, batches = (5, (64, 512)) if given.full else (2, (64,))
     peers = available_peers()
     rows: list[dict[str, Any]] = []
     for name, net, x, y, eps in networks(given.seed, full=given.full):

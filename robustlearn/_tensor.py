@@ -30,6 +30,15 @@ def as_tensor(values: Any, name: str = "x") -> Tensor:
     return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether a smaller batch may help."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError)
+        and ("out of memory" in said or "can't allocate memory" in said)
+    )
+
+
 def check_points(x: Tensor) -> None:
     """Raise an InputError for an empty batch, or one that holds NaN or infinity."""
     if x.dim() == 0 or x.numel() == 0:

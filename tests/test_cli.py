@@ -94,7 +94,7 @@ def test_evaluate_on_my_own_model(folder, capsys, name):
     document = json.loads((folder / "report" / "report.json").read_text())
     assert document["evaluations"][0]["threat"]["eps"] == 0.3
     assert (folder / "report" / "samples.csv").is_file()
-    assert document["command"].startswith("robustlearn ")
+    assert document["command"].startswith("robustlearn evaluate --model my_module.py:")
 
 
 def test_json_and_quiet(folder, capsys):
@@ -126,18 +126,20 @@ def test_a_csv_and_a_regressor(folder, capsys):
 
 def test_certify(folder, capsys):
     command = ["certify", "--data", "iris", "--norm", "linf", "--eps", "1/10"]
-    assert run([*command, "--model", "my_module.py:linear", "--out", "rows.csv"]) == 0
+    assert run([*command, "--model", "my_module.py:linear", "--out", "rows"]) == 0
     assert "linear, exact" in capsys.readouterr().out
-    with open("rows.csv", newline="") as file:
+    with open("rows/samples.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 150
     assert float(rows[0]["radius"]) > 0
     assert run([*command, "--model", "my_module.py:linear", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["exact"] is True
-    assert result["certified"] == np.mean([float(r["radius"]) > 0.1 for r in rows])
-    assert run([*command, "--model", "my_module.py:regressor"]) == 0
-    assert "width of the prediction interval" in capsys.readouterr().out
+    assert result["certified"]["value"] == np.mean([float(r["radius"]) > 0.1 for r in rows])
+    assert result["certified"]["low"] < result["certified"]["value"]
+    table = ["certify", "--data", "t.csv", "--target", "t", "--norm", "linf", "--eps", "1/10"]
+    assert run([*table, "--model", "my_module.py:regressor"]) == 0
+    assert "worst mean squared error, certified: " in capsys.readouterr().out
     assert run([*command, "--model", "my_module.py:scores"]) == 2
     assert "no certificate applies to scores" in capsys.readouterr().err
 

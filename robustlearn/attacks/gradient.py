@@ -157,7 +157,8 @@ class _Path:
         momentum: float,
     ) -> None:
         self.rows, self.x, self.y, self.delta, self.goal = rows, x, y, delta, goal
-        self.best, self.value = x, torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
+        self.best = x.clone()
+        self.value = torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
         self.broken = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         self.momentum, self.velocity = momentum, torch.zeros_like(x) if momentum else None
 
@@ -167,7 +168,7 @@ class _Path:
         self.value = torch.where(better, value.to(self.value.dtype), self.value)
         if broken is not None:
             self.broken, better = broken, better | broken
-        self.best = torch.where(column(better, point), point, self.best)
+        torch.where(column(better, point), point, self.best, out=self.best)
 
     def part(self, index: Tensor) -> "_Path":
         """Return some of the samples."""
@@ -178,11 +179,11 @@ class _Path:
         return piece
 
     def push(self, gradient: Tensor) -> Tensor:
-        """Return the gradient, or with momentum the velocity that it adds to."""
+        """Return the gradient, or with momentum a copy of the velocity that it adds to."""
         if self.velocity is None:
             return gradient
         self.velocity = self.momentum * self.velocity + _unit(gradient)
-        return self.velocity
+        return self.velocity.clone()
 
 
 def _climb(
@@ -250,7 +251,7 @@ class _Stepper:
 
     def _signs(self, direction: Tensor, point: Tensor, size: float) -> Tensor:
         """p = ∞: no feature takes anything from another, so the projection minds the walls."""
-        return direction.sign().mul_(self.length * size)
+        return direction.sign_().mul_(self.length * size)
 
     def _few(self, direction: Tensor, point: Tensor, size: float) -> Tensor:
         """p = 1: fill features up to their walls, or the step is spent on one that is stuck."""

@@ -4,6 +4,7 @@ import json
 import shlex
 import sys
 import traceback
+from contextvars import ContextVar
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,7 @@ import robustlearn
 from robustlearn.errors import InputError
 
 INTERRUPTED = 130  # as shells have it for Ctrl-C
+_given: ContextVar[list[str]] = ContextVar("given")
 
 app = typer.Typer(
     name="robustlearn",
@@ -27,6 +29,7 @@ app = typer.Typer(
 
 def run(arguments: list[str]) -> int:
     """Run a command; return 0 with an answer, 2 for what the user can mend, 1 for our fault."""
+    _given.set(arguments)
     try:
         result = app(arguments, prog_name="robustlearn", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
@@ -171,7 +174,7 @@ def certify(
     target: Target = None,
     task: Task = None,
     method: Annotated[str, typer.Option(help="auto, or a method.")] = "auto",
-    out: Annotated[Path | None, typer.Option(help="A .csv file for the rows.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the rows.")] = None,
     device: Device = "auto",
     seed: Seed = 0,
     limit: Limit = None,
@@ -188,7 +191,7 @@ def certify(
     with wrapped.on(device):
         result = inputs.certificate(wrapped, samples, indices, threat, method)
     if out is not None:
-        inputs.write_rows(out, result["samples"])
+        inputs.write_certificate(out, result)
     if as_json:
         typer.echo(json.dumps(inputs.plain(result), indent=1, allow_nan=False))
     elif not quiet:
@@ -233,4 +236,4 @@ def demo(
 
 def _command() -> str:
     """Return the command line as it can be given again."""
-    return shlex.join(["robustlearn", *sys.argv[1:]])
+    return shlex.join(["robustlearn", *_given.get()])

@@ -2,9 +2,11 @@
 
 import contextlib
 import csv
+import dataclasses
 import importlib
 import importlib.util
 import inspect
+import json
 import sys
 import traceback
 import warnings
@@ -19,11 +21,12 @@ from torch import nn
 import robustlearn as rl
 from robustlearn import data
 from robustlearn.errors import InputError
+from robustlearn.evaluate import Estimate
 from robustlearn.models import Model
 from robustlearn.report import plain
 from robustlearn.threats import LpBall, parse_norm
 
-__all__ = ["certificate", "model", "plain", "samples", "state", "threat", "write_rows"]
+__all__ = ["certificate", "model", "plain", "samples", "state", "threat", "write_certificate"]
 
 
 def samples(
@@ -71,29 +74,41 @@ def model(name: str, *, task: str | None, allow_pickle: bool) -> Model:
 def certificate(
     wrapped: Model, dataset: data.Dataset, indices: np.ndarray, threat: LpBall, method: str
 ) -> dict[str, Any]:
-    """Certify and return plain data: totals, and one row a sample."""
-    found = rl.certify(wrapped, dataset.x, threat, method=method)
-    names = ("radius", "certified", "margin", "lower", "upper")
+    """Certify the labels and return plain data: the total, and one row a sample."""
+    found = rl.certify(wrapped, dataset.x, threat, y=dataset.y, method=method)
+    names = ("radius", "certified", "margin", "lower", "upper", "loss")
     columns = {name: value for name in names if (value := getattr(found, name)) is not None}
     rows = [
-        {"index": int(index), **{name: column[i].item() for name, column in columns.items()}}
+        {
+            "index": int(index),
+            "label": dataset.y[i].item(),
+            **{name: column[i].item() for name, column in columns.items()},
+        }
         for i, index in enumerate(indices)
     ]
+    if found.certified is not None:
+        total = Estimate.proportion(int(found.certified.sum()), len(rows))
+    else:
+        total = Estimate.mean(columns["loss"])
     return {
         "model": wrapped.name,
+        "task": wrapped.task,
         "data": dataset.name,
         "threat": {**threat.describe(), "text": str(threat)},
         "method": found.method,
         "exact": found.exact,
-        "certified": None if found.certified is None else float(found.certified.mean()),
+        "certified": dataclasses.asdict(total),
         "samples": rows,
     }
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows as a .csv file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
+def write_certificate(folder: Path, result: dict[str, Any]) -> None:
+    """Write certificate.json, and its rows as samples.csv."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(plain(result), indent=1, allow_nan=False)
+    (folder / "certificate.json").write_text(text, encoding="utf-8")
+    rows = result["samples"]
+    with (folder / "samples.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from robustlearn.report import table
+from robustlearn.report import figure, table
 
 
 @contextlib.contextmanager
@@ -84,16 +84,16 @@ def show_certificate(result: dict[str, Any], out: Path | None) -> None:
     exact = ", exact" if result["exact"] else ""
     console.print(Text(f"{result['model']} on {result['data']}, {result['threat']['text']}"))
     console.print(Text(f"method: {result['method']}{exact}; {len(result['samples'])} samples"))
-    if result["certified"] is None:
-        width = np.array([row["upper"] - row["lower"] for row in result["samples"]])
-        console.print(Text(f"width of the prediction interval: median {np.median(width):.4g}"))
+    total = figure(result["certified"], result["task"])
+    if result["task"] == "regression":
+        console.print(Text(f"worst mean squared error, certified: {total}"))
     else:
         radius = np.array([row["radius"] for row in result["samples"]])
         quartiles = " / ".join(f"{v:.4g}" for v in np.quantile(radius, [0.25, 0.5, 0.75]))
-        console.print(Text(f"predictions certified: {result['certified']:.1%}"))
+        console.print(Text(f"right and certified: {total}"))
         console.print(Text(f"radius, quartiles: {quartiles}"))
     if out is not None:
-        console.print(Text(f"rows: {out}"))
+        console.print(Text(f"rows: {out / 'samples.csv'}"))
 
 
 def attack_rows() -> list[dict[str, str]]:

@@ -48,7 +48,7 @@ class Harness:
             try:
                 result = work(batch)
             except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error) or len(batch) == 1:
+                if not _tensor.is_out_of_memory(error) or len(batch) == 1:
                     raise
                 size = max(1, len(batch) // 2)
                 continue
@@ -180,9 +180,3 @@ def attacked(
             state.save(name, {"index": batch.numpy(), "x_adv": x_adv.numpy(), **cost})
         yield batch, x_adv
         before = (model.forwards, model.backwards, time.perf_counter())
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        "out of memory" in str(error).lower() or "can't allocate memory" in str(error).lower()
-    )

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from robustlearn._tensor import is_out_of_memory
 from robustlearn.errors import InputError, ModelError
 
 Task = Literal["classification", "regression"]
@@ -103,10 +104,10 @@ class Model(ABC):
                 return self.raw(x)
         try:
             output = self._forward(x)
-        except (InputError, MemoryError, torch.OutOfMemoryError):
+        except InputError:
             raise
         except Exception as error:
-            if "out of memory" in str(error).lower():
+            if is_out_of_memory(error):
                 raise
             raise ModelError(
                 f"{self.name} failed on a batch of shape {tuple(x.shape)} and type "
@@ -152,7 +153,7 @@ class Model(ABC):
         self.backwards += len(x)
         if gradient is None:
             gradient = torch.zeros_like(x)
-        return gradient.nan_to_num(0.0), value, detached
+        return gradient.contiguous().nan_to_num_(0.0), value, detached
 
     def affine(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
         """Return (W, b) in float64 with output = W·flat(x) + b exactly, or None.
@@ -169,14 +170,20 @@ class Model(ABC):
         """
         if self.task is not None and (self.task == "regression" or self._probabilities is not None):
             return
-        with torch.no_grad():
-            output = self.raw(x[:LOOKED_AT])
+        some = x[:LOOKED_AT]
+        try:
+            with torch.no_grad():
+                output = self.raw(some)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or len(some) == 1:
+                raise
+            return self.settle(some[: len(some) // 2], y)
         single = output.dim() == 1 or output.shape[1] == 1
         if self.task is None and (not single or y is not None):
             self.task = "classification" if not single or y is None else self._meant_by(y)
         if self.task == "classification":
             with torch.no_grad():
-                self(x[:LOOKED_AT])
+                self(some)
 
     def _meant_by(self, y: Tensor) -> Task:
         """Tell from the labels what a single output is."""

@@ -6,6 +6,6 @@ be drawn again, joined or compared without the model, the data or torch.
 
 from robustlearn.report.files import SCHEMA, plain, write
 from robustlearn.report.page import page
-from robustlearn.report.table import table
+from robustlearn.report.table import figure, table
 
-__all__ = ["SCHEMA", "page", "plain", "table", "write"]
+__all__ = ["SCHEMA", "figure", "page", "plain", "table", "write"]
