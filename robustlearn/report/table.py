@@ -2,15 +2,19 @@
 
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
 
 def table(document: dict[str, Any]) -> Table:
     """Return one row an evaluation: both bounds with their 95% intervals."""
-    shown = Table(title="How robust? certified ≤ true ≤ attacked", title_justify="left")
-    for name in ("model", "threat", "clean", "attacked", "certified", "n"):
-        shown.add_column(name, justify="left" if name in ("model", "threat") else "right")
+    title = "How robust? certified ≤ true ≤ attacked"
+    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for name in ("model", "threat"):
+        shown.add_column(name, overflow="fold")
+    for name in ("clean", "attacked", "certified", "n"):
+        shown.add_column(name, justify="right", no_wrap=True)
     for evaluation in document["evaluations"]:
         estimates = (evaluation[name] for name in ("clean", "attacked", "certified"))
         shown.add_row(
@@ -28,7 +32,7 @@ def figure(estimate: dict[str, Any] | None, task: str, gap: str = " ") -> str:
         return "none"
     form = "{:.1%}" if task == "classification" else "{:.4g}"
     value, low, high = (_shown(form, estimate[key]) for key in ("value", "low", "high"))
-    return f"{value}{gap}({low}–{high})"
+    return f"{value}{gap}({low.removesuffix('%')}–{high})"
 
 
 def _shown(form: str, value: Any) -> str:
