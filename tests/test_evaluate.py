@@ -347,7 +347,13 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, how):
         return [sys.executable, script, tmp_path / folder, str(delay), tmp_path / f"{folder}.npy"]
 
     undisturbed = subprocess.run(command("whole", 0), capture_output=True, text=True, check=True)
-    process = subprocess.Popen(command("cut", 0.02), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command("cut", 0.02),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # a shell that runs the tests in the background leaves Ctrl-C ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while len(list((tmp_path / "cut").rglob("0*.npz"))) < 5 and time.monotonic() < deadline:
         time.sleep(0.02)
