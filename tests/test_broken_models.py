@@ -375,6 +375,14 @@ def test_a_float32_regressor_stays_below_its_certificate():
     assert report.attacked.value > 0.9999 * report.certified.value
 
 
+def test_targets_far_from_the_predictions_are_no_contradiction():
+    torch.manual_seed(0)
+    net, x = nn.Linear(2, 1), torch.rand(200, 2)
+    y = 1000 + torch.randn(200)
+    report = rl.evaluate(rl.wrap(net, task="regression"), x, y, rl.LpBall(2, 0.01), attacks="quick")
+    assert all(s.attacked_loss <= s.certified_loss for s in report.samples)
+
+
 def test_nan_predictions_of_a_regressor_are_an_infinite_loss(tmp_path):
     def spoilt(x):
         return torch.log(1 - x.sum(1))

@@ -59,11 +59,16 @@ class Harness:
             yield batch, result
 
     def outputs(self, stage: str, points: Tensor) -> Tensor:
-        """Return the model's outputs on points (n, *shape), on the CPU."""
+        """Return the model's outputs on points (n, *shape), on the CPU.
+
+        Predictions of a regressor come in float64: their errors are compared with a certificate,
+        and a difference from a large target would be rounded in float32.
+        """
         rows = torch.arange(len(points))
         parts = self.batches(stage, rows, lambda r: self.model(self._there(points[r])).cpu())
         with torch.no_grad():
-            return torch.cat([output for _, output in parts])
+            whole = torch.cat([output for _, output in parts])
+        return whole.double() if self.model.task == "regression" else whole
 
     def run(
         self, name: str, attack: Callable[..., Tensor], options: dict[str, Any], rows: Tensor
