@@ -314,6 +314,9 @@ def test_wrong_input_shape_is_told_with_the_shape():
     with pytest.raises(ModelError, match=r"batch of shape \(2, 7\).*shape of input it expects"):
         rl.wrap(nn.Linear(3, 2))(torch.rand(2, 7))
     assert rl.wrap(Hugging())(torch.rand(2, 7)).shape == (2, 3)
+    inner = Hugging()
+    inner.attention = nn.Softmax(1)  # a softmax inside, and an output that is not a tensor
+    assert rl.wrap(inner)(torch.rand(2, 7)).shape == (2, 3)
 
 
 def test_callables_on_numpy_and_on_torch_and_labels():

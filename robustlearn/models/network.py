@@ -94,9 +94,11 @@ class TorchModel(Model):
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
         """Hold the module in evaluation mode, its parameters frozen; see `Model.session`."""
-        with super().session():
-            yield
-        self._known = self._known and self._open
+        try:
+            with super().session():
+                yield
+        finally:
+            self._known = self._known and self._open
 
     def _forward(self, x: Tensor) -> Any:
         if self._suspects and self.task != "regression":
@@ -136,6 +138,9 @@ class TorchModel(Model):
         finally:
             for hook in hooks:
                 hook.remove()
+        if not isinstance(output, Tensor) or output.dim() not in (1, 2):
+            self._suspects = []
+            return
         single = output.dim() == 1 or output.shape[1] == 1
         if single and self.task is None:
             return  # it may be a regressor with a bounded output
