@@ -43,7 +43,8 @@ def check_points(x: Tensor) -> None:
     """Raise an InputError for an empty batch, or one that holds NaN or infinity."""
     if x.dim() == 0 or x.numel() == 0:
         raise InputError(f"x has shape {tuple(x.shape)}: there is no sample to look at")
-    if bool(x.isfinite().all()):
+    low, high = x.aminmax()
+    if bool(low.isfinite() & high.isfinite()):
         return
     bad = ~flat(x).isfinite().all(1)
     raise InputError(
@@ -104,7 +105,8 @@ def uniform(keys: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     counter = torch.arange(1, count + 1, dtype=torch.int64, device=keys.device)
     bits = _mix(_mix(keys)[:, None] + counter * GOLDEN)
     digits = 53 if dtype == torch.float64 else 24
-    return (_shift(bits, 64 - digits).to(dtype) * 2.0**-digits).reshape(len(keys), *shape)
+    drawn = _shift(bits, 64 - digits).to(dtype).mul_(2.0**-digits)
+    return drawn.reshape(len(keys), *shape)
 
 
 def normal(keys: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -115,11 +117,11 @@ def normal(keys: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def _shift(bits: Tensor, by: int) -> Tensor:
     """Shift right, filling with zeros (torch fills with the sign)."""
-    return (bits >> by) & ((1 << (64 - by)) - 1)
+    return (bits >> by).bitwise_and_((1 << (64 - by)) - 1)
 
 
 def _mix(bits: Tensor) -> Tensor:
     """Finalise as splitmix64 does (Steele, Lea and Flood, 2014); integers wrap at 2⁶⁴."""
-    bits = (bits ^ _shift(bits, 30)) * -4658895280553007687
-    bits = (bits ^ _shift(bits, 27)) * -7723592293110705685
-    return bits ^ _shift(bits, 31)
+    bits = _shift(bits, 30).bitwise_xor_(bits).mul_(-4658895280553007687)
+    bits = _shift(bits, 27).bitwise_xor_(bits).mul_(-7723592293110705685)
+    return _shift(bits, 31).bitwise_xor_(bits)

@@ -114,7 +114,7 @@ def _look_closest(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     own = y[:, None]
     top, rival = logits.scatter(1, own, -torch.inf).max(1, keepdim=True)
     slope = torch.zeros_like(logits).scatter_(1, rival, 1.0).scatter_(1, own, -1.0)
-    return _broken_by_nan((top - logits.gather(1, own)).squeeze(1)), slope
+    return _broken_by_nan(top.sub_(logits.gather(1, own)).squeeze(1)), slope
 
 
 def _look_likely(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

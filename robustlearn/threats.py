@@ -291,23 +291,28 @@ class LpBall:
         -------
         (n, *shape) in the dtype of ``x``.
         """
-        direct = x + delta.to(x.dtype)
+        return self.enclose(x, x.double() + delta.double())
+
+    def enclose(self, x: Tensor, point: Tensor) -> Tensor:
+        """Return the allowed point next to ``point``, as `restrict` does; it, where allowed."""
+        direct = point.to(x.dtype)
+        if math.isinf(self.p):
+            return direct.clamp(*self.span(x))
         inside = self.contains(x, direct)
         if bool(inside.all()):
             return direct
         wide = x.double()
-        exact = math.isinf(self.p) and self.scale is None
-        inner = self if exact else dataclasses.replace(self, eps=self.eps * (1 - ROUNDING))
-        step = delta.double()
-        if self.p in (1, 2) or math.isinf(self.p):
+        step = point.double() - wide
+        inner = dataclasses.replace(self, eps=self.eps * (1 - ROUNDING))
+        if self.p in (1, 2):
             step = inner.project(step, wide)
         elif (walls := self._walls(step, wide)) is not None:
             step = flat(step).clamp(*walls).reshape(step.shape)
         shrink = (inner._eps(step) / self.norm(step)).clamp(max=1).nan_to_num(0)
         step = step * per_sample(shrink, step)
-        point = (wide + step).to(x.dtype)
+        nearest = (wide + step).to(x.dtype)
         for _ in range(2):
-            reached = point.double()
+            reached = nearest.double()
             over = (reached - wide).abs() > step.abs()
             if self.lower is not None:
                 over |= reached < self._on(self.lower, wide)
@@ -315,9 +320,36 @@ class LpBall:
                 over |= reached > self._on(self.upper, wide)
             if not bool(over.any()):
                 break
-            point = torch.where(over, torch.nextafter(point, x), point)
-        point = torch.where(step == 0, x, point)
-        return torch.where(column(inside, x), direct, point)
+            nearest = torch.where(over, torch.nextafter(nearest, x), nearest)
+        nearest = torch.where(step == 0, x, nearest)
+        return torch.where(column(inside, x), direct, nearest)
+
+    def span(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the smallest and the largest value allowed to every coordinate, for p = ∞.
+
+        In the dtype of x and without tolerance: what lies between them passes `contains`.
+
+        Returns
+        -------
+        two tensors (n, *shape).
+        """
+        wide = x.double()
+        reach: Any = self.eps if isinstance(self.eps, float) else per_sample(self.eps, wide)
+        if self.scale is not None:
+            reach = reach * (1 - ROUNDING) * self._on(self.scale, wide)
+        if self.mask is not None:
+            reach = reach * self.mask.to(wide)
+        low, high = wide - reach, wide + reach
+        if self.lower is not None:
+            low = low.clamp_min(self._on(self.lower, wide))
+        if self.upper is not None:
+            high = high.clamp_max(self._on(self.upper, wide))
+        bottom, top = low.to(x.dtype), high.to(x.dtype)
+        # both roundings may lead outside: to the dtype, and of the distance when it is measured
+        below = (bottom < low) | (wide - bottom > reach)
+        above = (top > high) | (top - wide > reach)
+        bottom = torch.where(below, torch.nextafter(bottom, x), bottom)
+        return bottom, torch.where(above, torch.nextafter(top, x), top)
 
     def contains(self, x: Tensor, point: Tensor) -> Tensor:
         """Tell for each sample, in float64 and without tolerance, whether ``point`` is allowed.
@@ -346,21 +378,21 @@ class LpBall:
                 )
         if isinstance(self.eps, Tensor) and len(self.eps) != len(x):
             raise InputError(f"there are {len(self.eps)} budgets eps for {len(x)} samples")
-        if self._outside(x).any():
+        if self._leaves_box(x):
             raise InputError(
                 f"data outside the box: x spans [{float(x.min()):g}, {float(x.max()):g}], the "
                 f"threat allows [{_span(self.lower)}, {_span(self.upper)}]; scale x, or give "
                 "lower and upper in the units of x"
             )
 
-    def _outside(self, x: Tensor) -> Tensor:
+    def _leaves_box(self, x: Tensor) -> bool:
+        low = -math.inf if self.lower is None else self.lower
+        high = math.inf if self.upper is None else self.upper
+        if isinstance(low, float) and isinstance(high, float):
+            bottom, top = x.aminmax()
+            return float(bottom) < low or float(top) > high
         wide = x.double()
-        outside = torch.zeros_like(wide, dtype=torch.bool)
-        if self.lower is not None:
-            outside |= wide < self._on(self.lower, wide)
-        if self.upper is not None:
-            outside |= wide > self._on(self.upper, wide)
-        return outside
+        return bool(((wide < self._on(low, wide)) | (wide > self._on(high, wide))).any())
 
     def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Return x in another dtype, rounded into the box where rounding would leave it.

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,8 @@ from robustlearn.attacks.base import attack
 from robustlearn.errors import InputError
 from robustlearn.models import Model
 from robustlearn.threats import LpBall
+
+Step = Callable[[Tensor, Tensor, float | None], Tensor]
 
 
 @attack(needs="gradient")
@@ -129,11 +132,11 @@ def pgd(
         if len(rows) == 0:
             break
         held, around = threat.select(rows), x[rows]
-        delta = torch.zeros_like(around)
+        start = around
         if restart or (random_start and model.task == "classification"):
-            delta = held.sample(around, _tensor.fold(keys[rows], restart))
+            start = around + held.sample(around, _tensor.fold(keys[rows], restart))
         goal = directions[(restart - 1) % len(directions)][rows] if restart and directions else None
-        path = _Path(rows, around, y[rows], delta, goal, momentum)
+        path = _Path(rows, around, y[rows], start, goal, momentum)
         left = _climb(model, path, held, final, climbs, sizes, stop_when_broken)
         for done in left:
             better = done.value > value[done.rows]
@@ -141,7 +144,7 @@ def pgd(
             best[done.rows[better]] = done.best[better]
             value[done.rows[better]] = done.value[better]
         rows = left[-1].rows[~left[-1].broken]
-    return threat.restrict(x, best - x)
+    return threat.enclose(x, best)
 
 
 class _Path:
@@ -152,23 +155,24 @@ class _Path:
         rows: Tensor,
         x: Tensor,
         y: Tensor,
-        delta: Tensor,
+        start: Tensor,
         goal: Tensor | None,
         momentum: float,
     ) -> None:
-        self.rows, self.x, self.y, self.delta, self.goal = rows, x, y, delta, goal
+        self.rows, self.x, self.y, self.point, self.goal = rows, x, y, start, goal
         self.best = x.clone()
         self.value = torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
         self.broken = torch.zeros(len(x), dtype=torch.bool, device=x.device)
         self.momentum, self.velocity = momentum, torch.zeros_like(x) if momentum else None
 
-    def record(self, point: Tensor, value: Tensor, broken: Tensor | None) -> None:
+    def record(self, value: Tensor, broken: Tensor | None) -> None:
         """Keep the better points; a break counts, whatever the loss says."""
+        value = value.to(self.value.dtype)
         better = value > self.value
-        self.value = torch.where(better, value.to(self.value.dtype), self.value)
+        self.value = torch.fmax(self.value, value)
         if broken is not None:
             self.broken, better = broken, better | broken
-        torch.where(column(better, point), point, self.best, out=self.best)
+        torch.where(column(better, self.x), self.point, self.best, out=self.best)
 
     def part(self, index: Tensor) -> "_Path":
         """Return some of the samples."""
@@ -201,65 +205,67 @@ def _climb(
     ``final`` is what counts. A size of None is the step to the argmax of the threat.
     """
     left = []
-    step = _Stepper(threat, path.x)
+    step = _stepper(threat, path.x)
     for climb, size in zip([*climbs, None], [*sizes, None], strict=True):
-        point, gradient = path.x + path.delta, None
+        gradient = None
         if climb is None:  # the end of the last step
-            output = model(point)
+            output = model(path.point)
             value, _ = final.look(output, path.y)
         else:
             goal = climb if path.goal is None else _Along(path.goal, final)
-            gradient, value, output = model.gradient(point, path.y, goal)
+            gradient, value, output = model.gradient(path.point, path.y, goal)
         broken = None
         if stop:  # the sign of the margin tells
             margin = final is losses.margin
             broken = value > 0 if margin else final.broken(output, path.y)
-        path.record(point, value, broken)
+        path.record(value, broken)
         if gradient is None:
             break
         if stop and bool(path.broken.any()):
             going = (~path.broken).nonzero().squeeze(1)
             left.append(path.part(path.broken))
-            path, point, gradient = path.part(going), point[going], gradient[going]
+            path, gradient = path.part(going), gradient[going]
             if len(going) == 0:
                 break
             threat = threat.select(going)
-            step = _Stepper(threat, path.x)
-        path.delta = step(path.delta, path.push(gradient), point, size)
+            step = _stepper(threat, path.x)
+        path.point = step(path.point, path.push(gradient), size)
     return [*left, path]
 
 
-class _Stepper:
-    """δ ← project(δ + size·steepest(direction)) around fixed points."""
+def _stepper(threat: LpBall, x: Tensor) -> Step:
+    """Return the step from a point along a direction around fixed x, which writes to neither.
 
-    def __init__(self, threat: LpBall, x: Tensor) -> None:
-        self.threat, self.x = threat, x
-        self.project = threat.projector(x)
-        self.free = replace(threat, lower=None, upper=None, mask=None)
+    x + δ ← project(δ + size·steepest(direction)); a size of None is the argmax of the threat.
+    """
+    if math.isinf(threat.p):  # no feature takes anything from another
+        low, high = threat.span(x)
         plain = isinstance(threat.eps, float) and threat.scale is None
-        # for p = ∞ the length of a step does not depend on its direction
-        self.length = threat.eps if plain else self.free.argmax(torch.ones_like(x))
-        self.steepest = {math.inf: self._signs, 1: self._few}.get(threat.p, self._inward)
+        free = replace(threat, lower=None, upper=None, mask=None)
+        unit = free.argmax(torch.ones_like(x)) if not plain else threat.eps
 
-    def __call__(
-        self, delta: Tensor, direction: Tensor, point: Tensor, size: float | None
-    ) -> Tensor:
-        """Return the next δ; for a size of None the argmax of the threat."""
+        def clipped(point: Tensor, direction: Tensor, size: float | None) -> Tensor:
+            if size is None:
+                point, size = x, 1.0
+            if isinstance(unit, float):
+                return torch.add(point, direction.sign_(), alpha=unit * size).clamp_(low, high)
+            return torch.addcmul(point, direction.sign_(), unit, value=size).clamp_(low, high)
+
+        return clipped
+
+    project = threat.projector(x)
+
+    def projected(point: Tensor, direction: Tensor, size: float | None) -> Tensor:
         if size is None:
-            return self.threat.argmax(direction, self.x)
-        return self.project(self.steepest(direction, point, size).add_(delta))
+            return x + threat.argmax(direction, x)
+        if threat.p == 1:  # fill features up to their walls, or a step is spent on one stuck there
+            move = replace(threat, eps=threat.eps * size).argmax(direction, point)
+        else:  # features that stand at the wall they are pushed at are left out
+            free = replace(threat, lower=None, upper=None, mask=None)
+            move = free.argmax(threat.inward(direction, point)) * size
+        return x + project(move.add_(point - x))
 
-    def _signs(self, direction: Tensor, point: Tensor, size: float) -> Tensor:
-        """p = ∞: no feature takes anything from another, so the projection minds the walls."""
-        return direction.sign_().mul_(self.length * size)
-
-    def _few(self, direction: Tensor, point: Tensor, size: float) -> Tensor:
-        """p = 1: fill features up to their walls, or the step is spent on one that is stuck."""
-        return replace(self.threat, eps=self.threat.eps * size).argmax(direction, point)
-
-    def _inward(self, direction: Tensor, point: Tensor, size: float) -> Tensor:
-        """p = 2: features that stand at the wall they are pushed at are left out."""
-        return self.free.argmax(self.threat.inward(direction, point)).mul_(size)
+    return projected
 
 
 def _directions(model: Model, x: Tensor, y: Tensor, loss: losses.Loss) -> list[Tensor]:

@@ -69,6 +69,7 @@ class Model(ABC):
         self._probabilities = {"auto": None, "logits": False, "probabilities": True}[output]
         self._open = False
         self._plain = False  # whether the last raw output was columns of a tensor
+        self._known = False  # whether plain logits come out, and the input was left alone
 
     @abstractmethod
     def _forward(self, x: Tensor) -> Any:
@@ -139,8 +140,8 @@ class Model(ABC):
             with self.session():
                 return self.gradient(x, y, loss)
         with torch.enable_grad():
-            point = x.detach().clone().requires_grad_()
-            output = self(point)
+            point = x.detach() if self._known else x.detach().clone()
+            output = self(point.requires_grad_())
             if not output.requires_grad:
                 raise ModelError(
                     f"no gradient flows from the output of {self.name} to its input (is the input "

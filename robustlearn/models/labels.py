@@ -53,8 +53,9 @@ def labels(model: Model, x: Tensor, y: Any) -> Tensor:
 def check_range(model: Model, labels: Tensor) -> None:
     """Raise an InputError unless the labels are columns of the model's output."""
     count = int(model.num_classes or 0)
-    if int(labels.min()) < 0 or int(labels.max()) >= count:
+    low, high = (int(end) for end in labels.aminmax())
+    if low < 0 or high >= count:
         raise InputError(
-            f"labels out of range: y spans {int(labels.min())} to {int(labels.max())}, but "
+            f"labels out of range: y spans {low} to {high}, but "
             f"{model.name} has {count} classes, numbered from 0"
         )

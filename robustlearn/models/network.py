@@ -65,7 +65,6 @@ class TorchModel(Model):
         self.module = module
         self._head: nn.Module | None = None
         self._writes = False
-        self._known = False
         heads = [m for m in module.modules() if isinstance(m, nn.Softmax | nn.Sigmoid)]
         self._suspects = heads if self._probabilities is None else []
         floats = [v for v in (*module.parameters(), *module.buffers()) if v.is_floating_point()]
@@ -86,9 +85,11 @@ class TorchModel(Model):
         if self._known and self._open and x.requires_grad and x.dtype is self.dtype:
             self.forwards += len(x)
             return self.module(x)
+        before = x.detach().clone()
         output = super().__call__(x)
         known = self._plain and self._probabilities is False and not self._writes
-        self._known = known and self._head is None and x.requires_grad
+        known = known and self._head is None and x.requires_grad
+        self._known = known and torch.equal(x.detach(), before)
         return output
 
     @contextlib.contextmanager
