@@ -39,7 +39,7 @@ _HOME = {
     "evaluate": "evaluate",
     "wrap": "models",
 }
-_MODULES = ("attacks", "data", "losses", "models", "threats")
+_MODULES = ("attacks", "data", "linear", "losses", "models", "threats")
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,417 @@
+"""Primal–dual interior-point method for min Σ ωᵢ·ψ(eᵢ) over columns v and c ≥ ε‖D·w‖_q.
+
+Mehrotra's predictor and corrector. Slacks are functions of (v, c, e), so the iterates stay primal
+feasible; the multipliers of the floors are the dual certificate. Heights and the inner variables
+of the cone are eliminated one by one, which leaves a system of the columns and one or two numbers:
+XᵀΘX + diagonal if there are more rows than columns, or its twin in the rows.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import scipy.linalg as sla
+from numpy.typing import NDArray
+
+from robustlearn.linear._cones import Block, Cone, Orthant, cone
+from robustlearn.linear._losses import Loss
+
+Array = NDArray[np.float64]
+Solve = Callable[[Array], Array]
+ALMOST = 0.995  # of the way to the boundary
+PROX = 1e-8  # of the mean curvature is added: a proximal term bends the path, not its end
+AIM = 1e-3  # of the tolerance
+WAIT, LONG_WAIT = 1, 12  # steps without progress, below the tolerance and above
+TRUST = 3.0  # change of the logarithm of a curvature that one step may bring
+PLAIN = 1e-3  # share of curvature above the quadratic's from which a row counts by itself
+
+
+class Heights:
+    """The rows: heights above their floors, and the multipliers of the floors."""
+
+    def __init__(self, loss: Loss, y: Array, weight: Array, *, reached: bool) -> None:
+        self.loss, self.weight = loss, weight
+        floors = loss.floors(y)
+        self.lift = np.array([[floor.lift * reached] for floor in floors])
+        self.tilt = np.stack([np.broadcast_to(floor.slope, y.shape) for floor in floors])
+        self.offset = np.stack([np.broadcast_to(floor.offset, y.shape) for floor in floors])
+
+    def start(self, z: Array, c: float, room: float) -> None:
+        """Start on the central path, ``room`` above the floors."""
+        under = self.tilt * z + self.lift * c + self.offset
+        if self.loss.smooth:
+            self.e = under[0]
+            return
+        self.e = under.max(0) + room
+        if self._knee:  # H_k(e) = min over the relief o ≥ 0 of (e − o)²/2 + k·o
+            over = self.e - self.loss.knee
+            relief = (over + np.sqrt(over**2 + self.loss.knee * self.e)) / 2
+            self.relief = Orthant(relief, self.weight * (relief - over))
+        slack = self.e - under
+        self.pair = Orthant(slack, self._slope() * slack[::-1] / slack.sum(0))
+
+    @property
+    def _knee(self) -> bool:
+        return bool(np.isfinite(self.loss.knee))
+
+    def _slope(self) -> Array:
+        if self._knee:
+            return self.weight * (self.e - self.relief.slack)
+        return self.weight * self.loss.slope(self.e)
+
+    def degree(self) -> int:
+        """Return the number of complementarity products."""
+        if self.loss.smooth:
+            return 0
+        return self.pair.slack.size + (self.relief.slack.size if self._knee else 0)
+
+    def multipliers(self) -> tuple[Array, Array]:
+        """Return the derivatives of the Lagrangian by z and by c, row by row."""
+        dual = self._slope()[None] if self.loss.smooth else self.pair.dual
+        return (self.tilt * dual).sum(0), (self.lift * dual).sum(0)
+
+    def block(self) -> tuple[Array, Array, float]:
+        """Return zz, lean and corner of the quadratic form Σ zz·(dz + lean·dc)² + corner·dc²."""
+        bend = self.weight * self.loss.curvature(self.e)
+        if self.loss.smooth:
+            return self.tilt[0] ** 2 * bend, self.lift[0] / self.tilt[0], 0.0
+        if self._knee:
+            bend = bend * self.relief.weight / (bend + self.relief.weight)
+        d = self.pair.weight
+        self.stiff = bend + d.sum(0)
+        self.by_z, self.by_c = (d * self.tilt).sum(0), (d * self.lift).sum(0)
+        both = d[0] * d[1]  # what follows has no differences of large numbers
+        tilt, lift = self.tilt[0] - self.tilt[1], self.lift[0] - self.lift[1]
+        zz = bend * (d * self.tilt**2).sum(0) + both * tilt**2
+        zc = bend * (d * self.tilt * self.lift).sum(0) + both * tilt * lift
+        cross = self.tilt[0] * self.lift[1] - self.tilt[1] * self.lift[0]
+        return zz / self.stiff, zc / zz, float((bend * both * cross**2 / zz).sum())
+
+    def right(self, goal: float | None) -> tuple[Array, float]:
+        """Return the multipliers by z (rows) and by c (their sum) after a step of dz = dc = 0."""
+        if self.loss.smooth:
+            by_z, by_c = self.multipliers()
+            return by_z, float(by_c.sum())
+        slope = self._slope()
+        if self._knee:
+            self.relief_aim = self.relief.aim(goal)
+            self.pull = slope - self.weight * self.loss.knee + self.relief_aim
+            slope = slope - self.weight * self.pull / (self.weight + self.relief.weight)
+        self.aim = self.pair.aim(goal)
+        self.rise = (self.aim.sum(0) - slope) / self.stiff
+        by_z = (self.aim * self.tilt).sum(0) - self.by_z * self.rise
+        by_c = (self.aim * self.lift).sum(0) - self.by_c * self.rise
+        return by_z, float(by_c.sum())
+
+    def move(self, dz: Array, dc: float) -> None:
+        """Complete a step."""
+        under = self.tilt * dz + self.lift * dc
+        if self.loss.smooth:
+            self.de = under[0]
+            return
+        self.de = self.rise + (self.by_z * dz + self.by_c * dc) / self.stiff
+        self.pair.move(self.de - under, self.aim)
+        if self._knee:
+            do = (self.pull + self.weight * self.de) / (self.weight + self.relief.weight)
+            self.relief.move(do, self.relief_aim)
+
+    def reach(self) -> float:
+        """Return how often the step fits: into the floors, or into the range of its curvature."""
+        if self.loss.smooth:
+            return TRUST / max(float(np.abs(self.de).max()), 1e-300)
+        return min(self.pair.reach(), self.relief.reach() if self._knee else np.inf)
+
+    def product(self, length: float = 0.0) -> float:
+        """Slack times multiplier after that part of the step."""
+        if self.loss.smooth:
+            return 0.0
+        return self.pair.product(length) + (self.relief.product(length) if self._knee else 0.0)
+
+    def advance(self, length: float) -> None:
+        """Take that part of the step."""
+        self.e = self.e + length * self.de
+        if not self.loss.smooth:
+            self.pair.advance(length)
+        if self._knee:
+            self.relief.advance(length)
+
+
+@dataclass
+class Settled:
+    """Rows of a squared loss whose sign is settled: Σ ω(sign·(z − y) + c)².
+
+    ``gram`` = XᵀΩX, ``moment`` = XᵀΩy and ``square`` = yᵀΩy are of *all* rows; the rows that the
+    method works on are taken off again. ``pull`` = Xᵀ(ω·sign), ``level`` = Σ ω·sign·y and
+    ``mass`` = Σ ω are of the settled rows.
+    """
+
+    gram: Array
+    moment: Array
+    square: float
+    pull: Array
+    level: float
+    mass: float
+
+    def gradient(self, v: Array, c: float) -> tuple[Array, float]:
+        """Return the derivatives by v (the quadratic part: of all rows) and by c."""
+        by_v = 2 * (self.gram @ v - self.moment + c * self.pull)
+        return by_v, float(2 * (self.pull @ v - self.level + self.mass * c))
+
+    def value(self, v: Array, c: float) -> float:
+        """Return the sum (the quadratic part: of all rows)."""
+        fit = v @ (self.gram @ v) - 2 * (self.moment @ v) + self.square
+        return float(fit + 2 * c * (self.pull @ v - self.level) + self.mass * c**2)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows with all their columns, of which those ``penalised`` have ``units`` = ε·D."""
+
+    loss: Loss
+    x: Array
+    y: Array
+    weight: Array
+    penalised: NDArray[np.intp]
+    units: Array
+    q: float
+    rest: Settled | None = None
+    cost: float | None = None  # if given c costs so much in the objective, and nothing in the rows
+
+    @cached_property
+    def scale(self) -> float:
+        """The mean of the diagonal of XᵀΩX."""
+        if self.rest is not None:
+            return float(np.trace(self.rest.gram)) / self.x.shape[1]
+        return float(np.einsum("ij,ij,i->", self.x, self.x, self.weight)) / self.x.shape[1]
+
+    def gradient(self, by_z: Array, z: Array, v: Array, c: float) -> tuple[Array, float]:
+        """Return the derivatives by v and c that belong to multipliers by z."""
+        if self.rest is None:
+            return self.x.T @ by_z, self.cost or 0.0
+        by_v, by_c = self.rest.gradient(v, c)
+        return by_v + self.x.T @ (by_z - 2 * self.weight * (z - self.y)), by_c
+
+    def value(self, e: Array, z: Array, v: Array, c: float) -> float:
+        """Return the objective at heights e."""
+        value = float(self.weight @ self.loss.value(e))
+        if self.rest is not None:
+            value += self.rest.value(v, c) - float(self.weight @ (z - self.y) ** 2)
+        value += (self.cost or 0.0) * c
+        return value
+
+    def matrix(self, zz: Array, lean: Array) -> Array:
+        """Return the Hessian in (v, c) of these rows and of those settled."""
+        m = self.x.shape[1]
+        h = np.empty((m + 1, m + 1))
+        h[:m, m] = self.x.T @ (zz * lean)
+        h[m, m] = zz @ lean**2
+        if self.rest is None:
+            scaled = self.x * np.sqrt(zz)[:, None]
+            h[:m, :m] = scaled.T @ scaled
+        else:
+            extra = zz - 2 * self.weight
+            part = np.flatnonzero(extra > PLAIN * self.weight)
+            kinked = self.x[part] * np.sqrt(extra[part, None])
+            h[:m, :m] = 2 * self.rest.gram + kinked.T @ kinked
+            h[:m, m] += 2 * self.rest.pull
+            h[m, m] += 2 * self.rest.mass
+        h[m, :m] = h[:m, m]
+        return h
+
+
+@dataclass
+class Outcome:
+    """Columns v, the rows' multipliers by z, relative complementarity and residual, steps."""
+
+    v: Array
+    dual: Array
+    product: float
+    residual: float
+    steps: int
+
+    @property
+    def worst(self) -> float:
+        """What is left to do."""
+        return max(self.product, self.residual)
+
+
+def minimise(
+    rows: Rows, v: Array, *, room: float = 0.3, tol: float = 1e-10, max_iter: int = 100
+) -> Outcome:
+    """Minimise from v on, heights and c starting ``room`` above their floors.
+
+    It goes on below ``tol`` while that is quick, because the model gains digits after the
+    objective has all of its own, and returns the best of its iterates.
+    """
+    ball = cone(rows.q, rows.units)
+    heights = Heights(
+        rows.loss, rows.y, rows.weight, reached=len(rows.units) > 0 and rows.cost is None
+    )
+    w, z = v[rows.penalised], rows.x @ v
+    size = ball.size(w)
+    scale = float(np.mean(np.abs(rows.loss.height(z, size, rows.y)))) + 1e-12
+    margin = room * (size if size > 0 else scale)
+    heights.start(z, size + margin, room * scale)
+    by_z, by_c = heights.multipliers()
+    kappa = float(by_c.sum()) + rows.gradient(by_z, z, v, size + margin)[1]
+    c = ball.start(w, margin, kappa)
+    best = Outcome(v, np.zeros_like(z), np.inf, np.inf, 0)
+    first, lowest, stale = 0.0, np.inf, 0
+    for step in range(max_iter + 1):
+        z = rows.x @ v
+        residual, _ = rows.gradient(heights.multipliers()[0], z, v, c)
+        residual[rows.penalised] += ball.balance()
+        value = rows.value(heights.e, z, v, c)
+        total = heights.product() + ball.product()
+        product = total / value
+        error = _relative(residual, rows, v, c) / value
+        first = value if step == 0 else first
+        now = Outcome(v, heights.multipliers()[0], product, error, step)
+        gained = now.worst < 0.9 * best.worst or value < 0.9 * lowest
+        stale, lowest = 0 if gained else stale + 1, min(value, lowest)
+        if now.worst < best.worst or value <= tol * first:
+            best = now
+        patience = WAIT if best.worst <= tol else LONG_WAIT
+        if best.worst <= AIM * tol or step == max_iter or value <= tol * first or stale > patience:
+            break
+        if rows.loss.smooth and heights.e.max() < 0:  # separable: the infimum is 0, far out
+            best = now
+            break
+        least = 0.1 * value * (tol if best.worst > tol else AIM * tol)
+        try:
+            dv, dc, length = _step(rows, heights, ball, z, v, c, total, least)
+        except FloatingPointError:  # the end of what the floating point numbers can tell apart
+            break
+        v, c = v + length * dv, c + length * dc
+        heights.advance(length)
+        ball.advance(length)
+    return replace(best, steps=step)
+
+
+def _relative(residual: Array, rows: Rows, v: Array, c: float) -> float:
+    """Return about what the residual of stationarity takes from the bound."""
+    penalised = np.abs(residual[rows.penalised] / rows.units).max(initial=0.0)
+    free = np.delete(residual * v, rows.penalised)
+    return float(penalised * c + np.abs(free).max(initial=0.0))
+
+
+def _step(
+    rows: Rows,
+    heights: Heights,
+    ball: Cone,
+    z: Array,
+    v: Array,
+    c: float,
+    total: float,
+    least: float,
+) -> tuple[Array, float, float]:
+    """Predict, correct, and return dv, dc and the length of the step."""
+    m = len(v)
+    zz, lean, corner = heights.block()
+    block = ball.block()
+    tilt, lift = np.zeros(m), np.zeros(m)
+    tilt[rows.penalised], lift[rows.penalised] = block.tilt, block.lift
+    twin = len(rows.penalised) > len(rows.y) and rows.rest is None and block.outer is None
+    solve = (_twin if twin else _dense)(rows, zz, lean, tilt, lift, corner, block)
+    level: float | None = None
+    for predicting in (True, False):
+        by_z, by_c = heights.right(level)
+        grad_v, grad_c = rows.gradient(by_z, z, v, c)
+        columns, number = ball.right(level)
+        right = np.append(lift * -(by_c + grad_c) - grad_v, number - by_c - grad_c)
+        right[rows.penalised] += columns
+        right[m] += tilt @ right[:m]
+        step = solve(right)
+        own = float(step[m])
+        dc = own + float(lift @ step[:m])
+        dv = step[:m] + tilt * dc
+        heights.move(rows.x @ dv, dc)
+        ball.move(dv[rows.penalised], dc, own)
+        length = min(1.0, heights.reach(), ball.reach())
+        if predicting:
+            left = heights.product(length) + ball.product(length)
+            aim = max(min((left / total) ** 3, 0.5) * total, least)
+            level = aim / (heights.degree() + ball.degree())
+    return dv, dc, min(1.0, ALMOST * min(heights.reach(), ball.reach()))
+
+
+def _dense(
+    rows: Rows, zz: Array, lean: Array, tilt: Array, lift: Array, corner: float, block: Block
+) -> Solve:
+    """Solve with the matrix of the columns."""
+    h = rows.matrix(zz, lean)
+    m = len(tilt)
+    h[m, m] += corner
+    if np.any(tilt):
+        h[:m, m] += h[:m, :m] @ tilt
+        h[m, m] += tilt @ (h[m, :m] + h[:m, m])
+    if np.any(lift):
+        across = np.outer(h[:m, m] + 0.5 * h[m, m] * lift, lift)
+        h[:m, :m] += across + across.T
+        h[:m, m] += h[m, m] * lift
+    h[m, :m] = h[:m, m]
+    diagonal = np.full(m + 1, PROX * rows.scale)
+    diagonal[rows.penalised] += block.diagonal
+    diagonal[m] += block.corner
+    if block.outer is not None:
+        outer = np.zeros(m + 1)
+        outer[rows.penalised] = block.outer
+        h += np.outer(outer, outer)
+    factor = _factor(h, diagonal)
+    return lambda right: sla.cho_solve(factor, right, check_finite=False)
+
+
+def _factor(h: Array, diagonal: Array) -> tuple[Array, bool]:
+    """Factor h + diagonal; more is added where rounding has made it indefinite."""
+    extra = 0.0
+    for _ in range(12):
+        shifted = h.copy()
+        shifted[np.diag_indices(len(h))] += diagonal + extra
+        try:
+            return sla.cho_factor(shifted, lower=True, overwrite_a=True, check_finite=False)
+        except sla.LinAlgError:
+            extra = max(100 * extra, 1e-15 * float(np.trace(np.abs(h))) / len(h))
+    raise FloatingPointError("Newton's matrix is not positive definite")
+
+
+def _twin(
+    rows: Rows, zz: Array, lean: Array, tilt: Array, lift: Array, corner: float, block: Block
+) -> Solve:
+    """Solve through the matrix of the rows, K = 1/Θ + XΛ⁻¹Xᵀ, refined on the whole system.
+
+    c is one more column without penalty: the unknowns are (dw, df, s) with s = Θ(X·dw + F·df).
+    """
+    penalised, m = rows.penalised, len(tilt)
+    free = np.setdiff1d(np.arange(m + 1), penalised)
+    wide = rows.x[:, penalised]
+    if np.any(lift):
+        wide = wide + np.outer(lean, lift[penalised])
+    columns = np.column_stack([rows.x, lean + rows.x @ tilt])[:, free]
+    corners = np.diag([*np.zeros(len(free) - 1), corner + block.corner])
+    load = block.diagonal + PROX * rows.scale
+    scaled = wide / load
+    k = scaled @ wide.T
+    factor = _factor(k, 1 / zz)
+    through = sla.cho_solve(factor, columns, check_finite=False)
+    small = columns.T @ through + corners
+
+    def once(w: Array, f: Array, r: Array) -> tuple[Array, Array, Array]:
+        base = sla.cho_solve(factor, scaled @ w - r, check_finite=False)
+        df = np.linalg.solve(small, f - columns.T @ base)
+        s = base + through @ df
+        return (w - wide.T @ s) / load, df, s
+
+    def solve(right: Array) -> Array:
+        w, f = right[penalised], right[free]
+        dw, df, s = once(w, f, np.zeros(len(zz)))
+        for _ in range(2):
+            left = w - load * dw - wide.T @ s
+            below = s / zz - wide @ dw - columns @ df
+            fix = once(left, f - columns.T @ s - corners @ df, below)
+            dw, df, s = dw + fix[0], df + fix[1], s + fix[2]
+        step = np.empty(m + 1)
+        step[penalised], step[free] = dw, df
+        return step
+
+    return solve

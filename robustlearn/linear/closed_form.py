@@ -1,0 +1,277 @@
+"""What the worst input of a linear model is, what it costs, and where training changes its kind."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linprog
+from sklearn.utils.validation import check_X_y
+
+from robustlearn.errors import InputError
+from robustlearn.linear import _losses
+
+Array = NDArray[np.float64]
+
+
+def dual_norm(norm: Any) -> float:
+    """Return q with 1/p + 1/q = 1 for the norm p = 1, 2 or ∞ of an attack."""
+    known: dict[Any, float] = {1: np.inf, 2: 2.0, np.inf: 1.0, "inf": 1.0}
+    try:
+        return known[norm]
+    except (KeyError, TypeError):
+        raise InputError(
+            f"norm must be 1, 2 or inf (the norm of the attack); got {norm!r}"
+        ) from None
+
+
+def attack_norm(q: float) -> float:
+    """Return the p that belongs to q."""
+    return {1.0: np.inf, 2.0: 2.0, np.inf: 1.0}[q]
+
+
+def units(feature_scale: Any, features: int) -> Array:
+    """Return D: the budget of each feature in units of eps, 0 where it cannot change."""
+    if feature_scale is None:
+        return np.ones(features)
+    scale = np.asarray(feature_scale, dtype=np.float64)
+    if scale.shape != (features,) or not np.isfinite(scale).all() or (scale < 0).any():
+        raise InputError(
+            f"feature_scale must hold one number ≥ 0 for each of the {features} features (0 for "
+            f"one that cannot change); its shape is {scale.shape}"
+        )
+    return scale
+
+
+def worst_case_loss(
+    w: Any,
+    b: float,
+    X: Any,
+    y: Any,
+    eps: float,
+    norm: Any = 2,
+    loss: str = "squared",
+    *,
+    feature_scale: Any = None,
+    huber_threshold: float = 1.35,
+) -> Array:
+    """max over ‖δ / D‖_p ≤ ε of the loss of wᵀ(x + δ) + b, for each sample.
+
+    Regression: φ(|wᵀx + b − y| + ε‖D·w‖_q), for the square (|wᵀx + b − y| + ε‖D·w‖_q)².
+    Classification, y = ±1: ℓ(y(wᵀx + b) − ε‖D·w‖_q). Exact, because φ grows with the residual and
+    ℓ falls with the margin.
+
+    Parameters
+    ----------
+    w : (d,) coefficients; b : intercept; X : (n, d); y : (n,).
+    eps : budget ≥ 0, in units of ``feature_scale``.
+    norm : p of the attack: 1, 2 or inf.
+    loss : ``"squared"``, ``"absolute"``, ``"huber"``; ``"logistic"``, ``"hinge"``,
+        ``"squared_hinge"``.
+    feature_scale : (d,) D, the unit of each feature, 0 for one that cannot change; 1 by default.
+    huber_threshold : k of the Huber loss, in units of y.
+
+    Returns
+    -------
+    (n,) float64.
+
+    Raises
+    ------
+    InputError for a loss or norm that is not known, a negative eps, or labels other than ±1.
+
+    Examples
+    --------
+    >>> worst_case_loss([3.0, 4.0], 0.0, [[1.0, 0.0]], [2.0], eps=0.1)  # (|3 − 2| + .1·5)²
+    array([2.25])
+    """
+    X, y, w = _samples(X, y, w)
+    chosen = _losses.get(loss, huber_threshold)
+    if chosen.classifies and not np.isin(y, (-1, 1)).all():
+        raise InputError(f"the labels of the {loss} loss are −1 and 1")
+    c = _budget(eps) * float(np.linalg.norm(units(feature_scale, len(w)) * w, dual_norm(norm)))
+    return chosen.value(chosen.height(X @ w + b, c, y))
+
+
+def worst_case_input(
+    w: Any,
+    b: float,
+    X: Any,
+    y: Any,
+    eps: float,
+    norm: Any = 2,
+    *,
+    classification: bool = False,
+    feature_scale: Any = None,
+) -> Array:
+    """Return x + ε·sign·D·h for each sample, h the unit vector of norm p with hᵀDw = ‖D·w‖_q.
+
+    sign is that of wᵀx + b − y in regression (+ at 0) and −y in classification. There the loss of
+    `worst_case_loss` is attained.
+
+    Parameters
+    ----------
+    w, b, X, y, eps, norm, feature_scale : as for `worst_case_loss`.
+    classification : whether y holds the classes −1 and 1.
+
+    Returns
+    -------
+    (n, d).
+
+    Examples
+    --------
+    >>> worst_case_input([3.0, 4.0], 0.0, [[1.0, 0.0]], [2.0], eps=0.5, norm=2)
+    array([[1.3, 0.4]])
+    """
+    X, y, w = _samples(X, y, w)
+    scale = units(feature_scale, len(w))
+    reach, q = scale * w, dual_norm(norm)
+    if q == 1:
+        best = np.sign(reach)
+    elif q == 2:
+        best = reach / (np.linalg.norm(reach) or 1.0)
+    else:
+        best = np.zeros_like(reach)
+        first = int(np.argmax(np.abs(reach)))
+        best[first] = np.sign(reach[first])
+    sign = -y if classification else np.where(X @ w + b - y >= 0, 1.0, -1.0)
+    return X + _budget(eps) * sign[:, None] * (scale * best)
+
+
+def eps_max(
+    X: Any, y: Any, norm: Any = 2, *, fit_intercept: bool = True, feature_scale: Any = None
+) -> float:
+    """ε_max = ‖D⁻¹Xᵀy‖_p / ‖y‖₁ (y centred if there is an intercept): from there on w = 0 is best.
+
+    For the squared loss, and features that can all change. Exact.
+
+    Examples
+    --------
+    >>> eps_max([[1.0], [-1.0]], [2.0, -2.0])
+    1.0
+    """
+    X, y = check_X_y(X, y, dtype=np.float64, y_numeric=True)
+    scale = units(feature_scale, X.shape[1])
+    if (scale == 0).any():
+        raise InputError("eps_max needs features that can change: feature_scale holds zeros")
+    if fit_intercept:
+        y = y - y.mean()
+    total = float(np.abs(y).sum())
+    if total == 0:
+        return 0.0
+    return float(np.linalg.norm(X.T @ y / scale, attack_norm(dual_norm(norm)))) / total
+
+
+def interpolation_threshold(X: Any, y: Any, norm: Any = 2, *, fit_intercept: bool = True) -> float:
+    """ε = 1 / (n·min ‖α‖_∞): up to there an interpolating model is best.
+
+    α runs over the optima of max αᵀy with ‖Xᵀα‖_p ≤ 1 (and Σα = 0 if there is an intercept), the
+    dual of the interpolation problem min ‖w‖_q subject to Xw + b = y. For the squared loss; exact
+    to the accuracy of a linear program for p = 1 and ∞, of a least squares problem for p = 2.
+
+    Returns
+    -------
+    0 where no linear model interpolates; ∞ where y is constant (zero without an intercept).
+    """
+    X, y = check_X_y(X, y, dtype=np.float64, y_numeric=True)
+    q = dual_norm(norm)
+    columns = np.column_stack([X, np.ones(len(y))]) if fit_intercept else X
+    fit = np.linalg.lstsq(columns, y, rcond=None)[0]
+    if np.abs(columns @ fit - y).max() > 1e-8 * max(np.abs(y).max(), 1e-300):
+        return 0.0
+    if np.abs(y - (y.mean() if fit_intercept else 0.0)).max() == 0:
+        return np.inf
+    alpha = (
+        _least_euclidean(X, y, fit_intercept) if q == 2 else _least_linear(X, y, q, fit_intercept)
+    )
+    return 1 / (len(y) * alpha)
+
+
+def _least_euclidean(X: Array, y: Array, intercept: bool) -> float:
+    """min ‖α‖_∞ over the dual optima for p = 2: one solution, and the null space of Xᵀ."""
+    if intercept:  # Σα = 0 is one more column, without a norm
+        centre = np.eye(len(y)) - 1 / len(y)
+        X, y = centre @ X, centre @ y
+    w = np.linalg.lstsq(X, y, rcond=None)[0]
+    # Xᵀα = w/‖w‖: the optima differ by the null space of Xᵀ
+    return _smallest_peak(X.T, w / np.linalg.norm(w), intercept)
+
+
+def _smallest_peak(matrix: Array, right: Array, balanced: bool) -> float:
+    """min ‖α‖_∞ subject to matrix·α = right (and Σα = 0)."""
+    n = matrix.shape[1]
+    if balanced:
+        matrix, right = np.vstack([matrix, np.ones(n)]), np.append(right, 0.0)
+    size = np.abs(np.linalg.lstsq(matrix, right, rcond=None)[0]).max()
+    turned, _, _ = np.linalg.svd(matrix, full_matrices=False)
+    rank = np.linalg.matrix_rank(matrix)
+    equal, value = turned[:, :rank].T @ matrix, turned[:, :rank].T @ right / size
+    both = np.eye(n)
+    found = linprog(
+        np.append(np.zeros(n), 1.0),
+        A_ub=np.block([[both, -np.ones((n, 1))], [-both, -np.ones((n, 1))]]),
+        b_ub=np.zeros(2 * n),
+        A_eq=np.column_stack([equal, np.zeros(rank)]),
+        b_eq=value,
+        bounds=[(None, None)] * n + [(0, None)],
+    )
+    return float(found.fun) * float(size) if found.status == 0 else float(size)
+
+
+def _least_linear(X: Array, y: Array, q: float, intercept: bool) -> float:
+    """min ‖α‖_∞ over the dual optima for p = 1 and ∞: two linear programs."""
+    n, d = X.shape
+    # ‖Xᵀα‖_∞ ≤ 1, or ‖Xᵀα‖₁ ≤ 1 through t ≥ |Xᵀα|, Σt ≤ 1; unknowns α, t, peak
+    zero, one = np.zeros((d, d)), np.eye(d)
+    if q == 1:
+        low = np.block([[X.T, zero], [-X.T, zero]])
+        limit = np.ones(2 * d)
+    else:
+        low = np.block(
+            [[X.T, -one], [-X.T, -one], [np.zeros((1, n)), np.ones((1, d))]],
+        )
+        limit = np.append(np.zeros(2 * d), 1.0)
+    equal = [np.concatenate([np.ones(n), np.zeros(d)])] if intercept else []
+    gain = np.concatenate([y, np.zeros(d)])
+    bounds = [(None, None)] * n + [(0, None)] * d
+    best = linprog(
+        -gain,
+        A_ub=low,
+        b_ub=limit,
+        A_eq=equal or None,
+        b_eq=[0.0] if equal else None,
+        bounds=bounds,
+    )
+    value = -float(best.fun)
+    peak = np.column_stack([np.eye(n), np.zeros((n, d)), -np.ones(n)])
+    rows = np.vstack(
+        [
+            np.column_stack([low, np.zeros(len(low))]),
+            peak,
+            np.column_stack([-np.eye(n), np.zeros((n, d)), -np.ones(n)]),
+            np.append(-gain, 0.0)[None],
+        ]
+    )
+    right = np.concatenate([limit, np.zeros(2 * n), [-value * (1 - 1e-10)]])
+    fixed = [np.append(row, 0.0) for row in equal]
+    found = linprog(
+        np.append(np.zeros(n + d), 1.0),
+        A_ub=rows,
+        b_ub=right,
+        A_eq=fixed or None,
+        b_eq=[0.0] if fixed else None,
+        bounds=[*bounds, (0, None)],
+    )
+    return float(found.fun)
+
+
+def _samples(X: Any, y: Any, w: Any) -> tuple[Array, Array, Array]:
+    X, y = check_X_y(X, y, dtype=np.float64, y_numeric=True)
+    w = np.asarray(w, dtype=np.float64)
+    if w.shape != (X.shape[1],):
+        raise InputError(f"X has {X.shape[1]} features; w has shape {w.shape}")
+    return X, y, w
+
+
+def _budget(eps: float) -> float:
+    if not 0 <= eps < np.inf:
+        raise InputError(f"eps must be finite and not negative; got {eps!r}")
+    return float(eps)

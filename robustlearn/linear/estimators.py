@@ -1,0 +1,275 @@
+"""Linear models trained for the worst case, as scikit-learn estimators with a certified gap."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_array, check_is_fitted, validate_data
+
+from robustlearn.errors import InputError
+from robustlearn.linear import _losses
+from robustlearn.linear._design import Design
+from robustlearn.linear._solve import Problem, Solution, solve
+from robustlearn.linear.closed_form import dual_norm, units
+
+Array = NDArray[np.float64]
+
+
+class _Adversarial(BaseEstimator):
+    """What the estimators share: the problem, its solution, and what is told of it."""
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        return tags
+
+    def _problem(self, X: Any, y: Array, weight: Array, loss: Any) -> Problem:
+        """Return the problem at eps, which may be relative to eps_max."""
+        if isinstance(self.eps, bool) or not 0 <= self.eps < np.inf:
+            raise InputError(f"eps must be finite and not negative; got {self.eps!r}")
+        if not 0 < self.tol < 1:
+            raise InputError(f"tol, the relative gap, lies between 0 and 1; got {self.tol!r}")
+        design = Design(X, intercept=bool(self.fit_intercept))
+        scale = units(self.feature_scale, X.shape[1])
+        scale = np.append(scale, np.zeros(design.columns - len(scale)))
+        q = dual_norm(self.norm)
+        return Problem(design, y, weight, scale, float(self.eps), q, loss, relative=self.relative)
+
+    def _solved(self, problem: Problem) -> Solution:
+        solution = solve(problem, tol=self.tol, max_iter=self.max_iter)
+        if solution.gap > self.tol * solution.objective and solution.gap > 1e-14 * solution.start:
+            reason = (
+                "the classes are separable at this eps, so that no minimum is attained; use a "
+                "larger eps"
+                if problem.loss.classifies and solution.objective < 1e-3 * solution.start
+                else "raise max_iter or tol, or scale the features"
+            )
+            warnings.warn(
+                f"{type(self).__name__}: the objective {solution.objective:.6g} is proven to "
+                f"within {solution.gap:.2g}, not to {self.tol:g} of itself: {reason}",
+                ConvergenceWarning,
+                stacklevel=4,
+            )
+        return solution
+
+    def _weights(self, sample_weight: Any, n: int) -> Array:
+        if sample_weight is None:
+            return np.ones(n)
+        if np.isscalar(sample_weight):
+            return np.full(n, float(sample_weight))  # type: ignore[arg-type]
+        weight = check_array(
+            sample_weight, ensure_2d=False, dtype=np.float64, input_name="sample_weight"
+        )
+        if weight.shape != (n,):
+            raise InputError(f"sample_weight has shape {weight.shape}; expected ({n},)")
+        if (weight < 0).any() or not weight.any():
+            raise InputError("sample_weight must not be negative, and not zero for all samples")
+        return weight
+
+
+class AdversarialRegressor(RegressorMixin, _Adversarial):
+    r"""min over (w, b) of the mean of max over ‖δ/D‖_p ≤ ε of φ(wᵀ(x + δ) + b − y).
+
+    The inner maximum is φ(|wᵀx + b − y| + ε‖D·w‖_q), 1/p + 1/q = 1: for the square
+    (|wᵀx + b − y| + ε‖D·w‖_q)². The problem is convex; an interior-point method solves it to a
+    relative duality gap of ``tol``, and the gap is proven from the data, not estimated.
+
+    Parameters
+    ----------
+    eps : budget ε ≥ 0 of the attack on the inputs, in units of ``feature_scale``; in units of
+        ``eps_max_``, from which on w = 0 is best, if ``relative``.
+    norm : p of the attack, 1, 2 or inf.
+    loss : φ: ``"squared"`` r², ``"absolute"`` |r|, or ``"huber"`` (r²/2, linear from
+        ``huber_threshold`` on), which resists label outliers too.
+    relative : whether eps is a fraction of ``eps_max_``.
+    fit_intercept : whether there is a b.
+    feature_scale : (d,) D: the unit in which the change of each feature is counted, 0 for a feature
+        that cannot change; 1 by default.
+    huber_threshold : k of the Huber loss, in units of y.
+    tol : relative duality gap to reach.
+    max_iter : most Newton steps of one run.
+
+    Attributes
+    ----------
+    coef_ : (d,); intercept_ : float.
+    objective_ : the (weighted) mean worst-case loss.
+    dual_gap_ : objective_ minus a proven lower bound of what any w, b can have.
+    eps_ : the ε that was used; eps_max_ : the ε from which on w = 0 is best (exact, but an upper
+        bound for the absolute loss).
+    n_iter_ : Newton steps.
+
+    Raises
+    ------
+    ValueError for a negative eps, another norm or loss, or data that do not fit. A gap above
+    ``tol`` is a `ConvergenceWarning`.
+
+    Notes
+    -----
+    The objective is not least squares plus a penalty, and not Huber's loss: (|r| + c)² has a kink
+    at 0 and quadratic tails. Source of the problem: Ribeiro, Zachariah, Bach and Schön (2023).
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_diabetes
+    >>> X, y = load_diabetes(return_X_y=True)
+    >>> model = AdversarialRegressor(eps=0.1, relative=True).fit(X, y)
+    >>> bool(model.dual_gap_ <= 1e-8 * model.objective_)
+    True
+    """
+
+    def __init__(
+        self,
+        eps: float = 0.1,
+        *,
+        norm: Any = 2,
+        loss: str = "squared",
+        relative: bool = False,
+        fit_intercept: bool = True,
+        feature_scale: Any = None,
+        huber_threshold: float = 1.35,
+        tol: float = 1e-8,
+        max_iter: int = 100,
+    ) -> None:
+        self.eps = eps
+        self.norm = norm
+        self.loss = loss
+        self.relative = relative
+        self.fit_intercept = fit_intercept
+        self.feature_scale = feature_scale
+        self.huber_threshold = huber_threshold
+        self.tol = tol
+        self.max_iter = max_iter
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "AdversarialRegressor":
+        """Fit to X (n, d), dense or sparse, and y (n,); weights count samples."""
+        X, y = validate_data(
+            self, X, y, accept_sparse="csr", y_numeric=True, dtype=[np.float64, np.float32]
+        )
+        y = np.asarray(y, dtype=np.float64)
+        weight = self._weights(sample_weight, len(y))
+        loss = _losses.get(self.loss, self.huber_threshold)
+        if loss.classifies:
+            raise InputError(f"the {self.loss} loss is for AdversarialClassifier")
+        kept = weight > 0
+        if not kept.all():
+            X, y, weight = X[kept], y[kept], weight[kept]
+        solution = self._solved(self._problem(X, y, weight, loss))
+        self.coef_, self.intercept_ = solution.coef, solution.intercept
+        self.objective_, self.dual_gap_ = solution.objective, solution.gap
+        self.eps_, self.eps_max_ = solution.eps, solution.eps_max
+        self.n_iter_ = solution.steps
+        return self
+
+    def predict(self, X: Any) -> Array:
+        """Return wᵀx + b, (n,)."""
+        check_is_fitted(self)
+        X = validate_data(self, X, accept_sparse="csr", dtype=[np.float64, np.float32], reset=False)
+        return np.asarray(X @ self.coef_ + self.intercept_)
+
+
+class AdversarialClassifier(ClassifierMixin, _Adversarial):
+    r"""min over (w, b) of the mean of max over ‖δ/D‖_p ≤ ε of ℓ(y(wᵀ(x + δ) + b)), y = ±1.
+
+    The inner maximum is ℓ(y(wᵀx + b) − ε‖D·w‖_q): each sample loses the margin that the attack
+    can take. Two classes are solved exactly. With K > 2 classes one model a class is trained
+    against the rest, each exactly; the sum of their worst-case losses, ``objective_``, is an
+    *upper bound* of the worst case of their sum, because one δ need not be worst for all K.
+
+    Parameters
+    ----------
+    loss : ℓ(m): ``"logistic"`` log(1 + e^−m), ``"hinge"`` max(0, 1 − m), or
+        ``"squared_hinge"``.
+    eps, norm, relative, fit_intercept, feature_scale, tol, max_iter : as for
+        `AdversarialRegressor`; with ``relative`` each of the K models has its own eps_max.
+
+    Attributes
+    ----------
+    classes_ : (K,).
+    coef_ : (1, d) or (K, d); intercept_ : (1,) or (K,).
+    objective_, dual_gap_ : as for `AdversarialRegressor`, summed over the K models.
+    eps_, eps_max_ : of the models, the largest of them (for the hinge an upper bound).
+    n_iter_ : the largest number of Newton steps.
+
+    Raises
+    ------
+    ValueError as for `AdversarialRegressor`. Where the classes are separable at ε no minimum is
+    attained; a `ConvergenceWarning` says so.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_breast_cancer
+    >>> X, y = load_breast_cancer(return_X_y=True)
+    >>> X = (X - X.mean(0)) / X.std(0)
+    >>> model = AdversarialClassifier(eps=0.1, norm="inf").fit(X, y)
+    >>> float(round(model.score(X, y), 2))
+    0.97
+    """
+
+    def __init__(
+        self,
+        eps: float = 0.1,
+        *,
+        norm: Any = 2,
+        loss: str = "logistic",
+        relative: bool = False,
+        fit_intercept: bool = True,
+        feature_scale: Any = None,
+        tol: float = 1e-8,
+        max_iter: int = 100,
+    ) -> None:
+        self.eps = eps
+        self.norm = norm
+        self.loss = loss
+        self.relative = relative
+        self.fit_intercept = fit_intercept
+        self.feature_scale = feature_scale
+        self.tol = tol
+        self.max_iter = max_iter
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "AdversarialClassifier":
+        """Fit to X (n, d), dense or sparse, and labels y (n,); weights count samples."""
+        X, y = validate_data(self, X, y, accept_sparse="csr", dtype=[np.float64, np.float32])
+        check_classification_targets(y)
+        weight = self._weights(sample_weight, len(y))
+        loss = _losses.get(self.loss)
+        if not loss.classifies:
+            raise InputError(f"the {self.loss} loss is for AdversarialRegressor")
+        kept = weight > 0
+        if not kept.all():
+            X, y, weight = X[kept], y[kept], weight[kept]
+        self.classes_ = np.unique(y)
+        if len(self.classes_) < 2:
+            raise InputError(
+                f"AdversarialClassifier needs samples of at least 2 classes; y holds only 1 class, "
+                f"{self.classes_.tolist()}"
+            )
+        chosen = self.classes_[1:] if len(self.classes_) == 2 else self.classes_
+        found = [
+            self._solved(self._problem(X, np.where(y == one, 1.0, -1.0), weight, loss))
+            for one in chosen
+        ]
+        self.coef_ = np.stack([one.coef for one in found])
+        self.intercept_ = np.array([one.intercept for one in found])
+        self.objective_ = sum(one.objective for one in found)
+        self.dual_gap_ = sum(one.gap for one in found)
+        self.eps_ = max(one.eps for one in found)
+        self.eps_max_ = max(one.eps_max for one in found)
+        self.n_iter_ = max(one.steps for one in found)
+        return self
+
+    def decision_function(self, X: Any) -> Array:
+        """Return wᵀx + b, (n,) for two classes, (n, K) for more."""
+        check_is_fitted(self)
+        X = validate_data(self, X, accept_sparse="csr", dtype=[np.float64, np.float32], reset=False)
+        scores = np.asarray(X @ self.coef_.T + self.intercept_)
+        return scores[:, 0] if len(self.classes_) == 2 else scores
+
+    def predict(self, X: Any) -> NDArray[Any]:
+        """Return the class of the largest score, (n,)."""
+        scores = self.decision_function(X)
+        index = (scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(1)
+        return self.classes_[index]
