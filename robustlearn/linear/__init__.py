@@ -7,12 +7,18 @@ from robustlearn.linear.closed_form import (
     worst_case_loss,
 )
 from robustlearn.linear.estimators import AdversarialClassifier, AdversarialRegressor
+from robustlearn.linear.path import Path, regularization_path
+from robustlearn.linear.search import AdversarialClassifierCV, AdversarialRegressorCV
 
 __all__ = [
     "AdversarialClassifier",
+    "AdversarialClassifierCV",
     "AdversarialRegressor",
+    "AdversarialRegressorCV",
+    "Path",
     "eps_max",
     "interpolation_threshold",
+    "regularization_path",
     "worst_case_input",
     "worst_case_loss",
 ]

@@ -1,7 +1,8 @@
 """Minimise the mean worst-case loss of a linear model, and prove how good the minimum is."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import scipy.linalg as sla
@@ -17,6 +18,8 @@ FEW = 6  # rows a column below which all rows are worked on at once
 WINDOW = 0.15  # share of the rows, those of least residual, that the first round works on
 ROUGH = 1e-3  # relative accuracy of the first round
 ROUNDS = 12
+INSIDE = 20  # how far below the tolerance the methods aim: the proof takes some of it
+NEAR = 0.05  # room at the start from a neighbouring solution
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class Problem:
     """min over v of Σ ω·loss(z, y; c) with z = Xv and c = ε‖D·v‖_q.
 
     ``scale`` = D, one number a column of the design, 0 where a column costs nothing. A
-    ``relative`` eps is in units of the ε_max of `without`.
+    ``relative`` eps is in units of the ε_max of `without`. ``known`` holds what does not depend on
+    eps, once it is known; a copy at another eps shares it.
     """
 
     design: Design
@@ -69,6 +73,7 @@ class Problem:
     q: float
     loss: Loss
     relative: bool = False
+    known: dict[str, Any] = field(default_factory=dict)
 
     @property
     def penalised(self) -> NDArray[np.intp]:
@@ -113,15 +118,20 @@ class Problem:
         )
 
 
-def solve(problem: Problem, *, tol: float = 1e-8, max_iter: int = 100) -> Solution:
-    """Minimise to a relative gap of ``tol``; the gap says how far it got."""
+def solve(
+    problem: Problem, *, tol: float = 1e-8, max_iter: int = 100, near: Array | None = None
+) -> Solution:
+    """Minimise to a relative gap of ``tol``; the gap says how far it got.
+
+    ``near`` may name the columns v of the solution at a neighbouring eps.
+    """
     v, multipliers, eps_max = without(problem)
     if problem.relative:
         problem = replace(problem, eps=problem.eps * eps_max, relative=False)
     total, steps = float(problem.weight.sum()), 0
     start = problem.objective(v) / total
     if problem.eps < eps_max:
-        v, multipliers, steps = _method(problem)(problem, tol, max_iter)
+        v, multipliers, steps = _method(problem)(problem, tol, max_iter, near)
         if problem.loss.classifies and _left(problem, v) > 0:
             v = _widest(problem, v, tol)
     coef, intercept = problem.design.split(v)
@@ -139,6 +149,12 @@ def without(problem: Problem) -> tuple[Array, Array, float]:
 
     ε_max = ‖D⁻¹Xᵀs‖_p / Σ a, the least ε at which the multipliers prove it best of all.
     """
+    if "without" not in problem.known:
+        problem.known["without"] = _without(problem)
+    return problem.known["without"]
+
+
+def _without(problem: Problem) -> tuple[Array, Array, float]:
     design, y, weight, scale = problem.design, problem.y, problem.weight, problem.scale
     costly = scale > 0
     free = np.flatnonzero(~costly)
@@ -150,7 +166,7 @@ def without(problem: Problem) -> tuple[Array, Array, float]:
     else:
         some = Design(design.take()[:, free], intercept=False)
         part = Problem(some, y, weight, np.zeros(len(free)), 0.0, problem.q, problem.loss)
-        v[free], multipliers, _ = _method(part)(part, 1e-12, 100)
+        v[free], multipliers, _ = _method(part)(part, 1e-12, 100, None)
     if not costly.any():
         return v, multipliers, 0.0
     a = np.abs(multipliers)
@@ -168,7 +184,7 @@ def _at_zero(problem: Problem) -> Array:
     return -np.sign(y) * weight * loss.slope(height)
 
 
-def _method(problem: Problem) -> Callable[[Problem, float, int], Found]:
+def _method(problem: Problem) -> Callable[[Problem, float, int, Array | None], Found]:
     """Choose how to solve."""
     squared = isinstance(problem.loss, Squared)
     if squared and len(problem.penalised) == 0:
@@ -180,17 +196,17 @@ def _method(problem: Problem) -> Callable[[Problem, float, int], Found]:
     return _at_once
 
 
-def _least_squares(problem: Problem, tol: float, max_iter: int) -> Found:
+def _least_squares(problem: Problem, tol: float, max_iter: int, near: Array | None) -> Found:
     root = np.sqrt(problem.weight)
     x = problem.design.take() * root[:, None]
     v = np.asarray(np.linalg.lstsq(x, root * problem.y, rcond=None)[0], dtype=np.float64)
     return v, 2 * problem.weight * (problem.design.dot(v) - problem.y), 1
 
 
-def _at_once(problem: Problem, tol: float, max_iter: int) -> Found:
+def _at_once(problem: Problem, tol: float, max_iter: int, near: Array | None) -> Found:
     """Work on all rows."""
     rows = problem.rows()
-    found = minimise(rows, _start(problem, rows.x), tol=tol / 4, max_iter=max_iter)
+    found = minimise(rows, _start(problem, rows.x), tol=tol / INSIDE, max_iter=max_iter)
     return found.v, found.dual, found.steps
 
 
@@ -250,7 +266,7 @@ def _left(problem: Problem, v: Array) -> float:
     return float((problem.y * problem.design.dot(v)).min()) - problem.size(v)
 
 
-def _turned(problem: Problem, tol: float, max_iter: int) -> Found:
+def _turned(problem: Problem, tol: float, max_iter: int, near: Array | None) -> Found:
     """q = 2 and more columns than rows: w lies in the span of the rows, n numbers."""
     penalised, scale = problem.penalised, problem.scale
     x = problem.design.take()
@@ -266,14 +282,14 @@ def _turned(problem: Problem, tol: float, max_iter: int) -> Found:
     gram = lower.T @ lower
     gram[np.diag_indices(k)] += ridge
     start[:k] = lower @ sla.solve(gram, problem.y, assume_a="pos") if len(lower) == k else 0.0
-    found = minimise(rows, start, tol=tol / 4, max_iter=max_iter)
+    found = minimise(rows, start, tol=tol / INSIDE, max_iter=max_iter)
     v = np.zeros(x.shape[1])
     v[penalised] = turn @ found.v[:k] / scale[penalised]
     v[free] = found.v[k:]
     return v, found.dual, found.steps
 
 
-def _by_rounds(problem: Problem, tol: float, max_iter: int) -> Found:
+def _by_rounds(problem: Problem, tol: float, max_iter: int, near: Array | None) -> Found:
     """Squared loss, many rows: work on those of small residual, settle the sign of the others.
 
     A row whose residual keeps its sign is quadratic, and counts through sums that are made once.
@@ -281,14 +297,15 @@ def _by_rounds(problem: Problem, tol: float, max_iter: int) -> Found:
     """
     design, y, weight = problem.design, problem.y, problem.weight
     n, m = design.rows, design.columns
-    gram, moment = design.gram(weight, y)
-    square = float(weight @ y**2)
-    v = _ridge(problem, gram, moment, square)
+    gram, moment, square = _sums(problem)
+    v = _ridge(problem, gram, moment, square) if near is None else near
     residual = design.dot(v) - y
     part = _smallest(residual, int(max(FEW * m, WINDOW * n)))
     steps, goal, room = 0, ROUGH, 0.3
+    if near is not None:
+        goal, room = 0.0, NEAR
     for _ in range(ROUNDS):
-        goal = max(goal, tol / 4)
+        goal = max(goal, tol / INSIDE)
         sign = np.sign(residual)
         settled = sign * weight
         settled[part] = 0.0
@@ -305,9 +322,9 @@ def _by_rounds(problem: Problem, tol: float, max_iter: int) -> Found:
         v = found.v
         residual = design.dot(v) - y
         wrong = (np.sign(residual) != sign) & (settled != 0)
-        if goal <= tol / 4 and not wrong.any():
+        if goal <= tol / INSIDE and not wrong.any():
             break
-        if goal > tol / 4:
+        if goal > tol / INSIDE:
             part = _smallest(residual, int(max(3 * m, len(part) / 4)))
             goal, room = 0.0, 0.02
         else:
@@ -315,6 +332,14 @@ def _by_rounds(problem: Problem, tol: float, max_iter: int) -> Found:
     multipliers = 2 * weight * (residual + problem.size(v) * np.sign(residual))
     multipliers[part] = found.dual if len(found.dual) == len(part) else multipliers[part]
     return v, multipliers, steps
+
+
+def _sums(problem: Problem) -> tuple[Array, Array, float]:
+    """XᵀΩX, XᵀΩy and yᵀΩy."""
+    if "sums" not in problem.known:
+        gram, moment = problem.design.gram(problem.weight, problem.y)
+        problem.known["sums"] = gram, moment, float(problem.weight @ problem.y**2)
+    return problem.known["sums"]
 
 
 def _smallest(residual: Array, count: int) -> NDArray[np.intp]:

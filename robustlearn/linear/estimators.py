@@ -56,19 +56,33 @@ class _Adversarial(BaseEstimator):
             )
         return solution
 
-    def _weights(self, sample_weight: Any, n: int) -> Array:
-        if sample_weight is None:
-            return np.ones(n)
-        if np.isscalar(sample_weight):
-            return np.full(n, float(sample_weight))  # type: ignore[arg-type]
-        weight = check_array(
-            sample_weight, ensure_2d=False, dtype=np.float64, input_name="sample_weight"
+
+def weights(sample_weight: Any, n: int) -> Array:
+    """Return the weights of n samples, checked."""
+    if sample_weight is None:
+        return np.ones(n)
+    if np.isscalar(sample_weight):
+        return np.full(n, float(sample_weight))  # type: ignore[arg-type]
+    weight = check_array(
+        sample_weight, ensure_2d=False, dtype=np.float64, input_name="sample_weight"
+    )
+    if weight.shape != (n,):
+        raise InputError(f"sample_weight has shape {weight.shape}; expected ({n},)")
+    if (weight < 0).any() or not weight.any():
+        raise InputError("sample_weight must not be negative, and not zero for all samples")
+    return weight
+
+
+def signs_of(y: NDArray[Any]) -> tuple[NDArray[Any], list[Array]]:
+    """Return the classes and ±1 for each model: one for two classes, else one a class."""
+    classes = np.unique(y)
+    if len(classes) < 2:
+        raise InputError(
+            f"a classifier needs samples of at least 2 classes; y holds only 1 class, "
+            f"{classes.tolist()}"
         )
-        if weight.shape != (n,):
-            raise InputError(f"sample_weight has shape {weight.shape}; expected ({n},)")
-        if (weight < 0).any() or not weight.any():
-            raise InputError("sample_weight must not be negative, and not zero for all samples")
-        return weight
+    chosen = classes[1:] if len(classes) == 2 else classes
+    return classes, [np.where(y == one, 1.0, -1.0) for one in chosen]
 
 
 class AdversarialRegressor(RegressorMixin, _Adversarial):
@@ -150,7 +164,7 @@ class AdversarialRegressor(RegressorMixin, _Adversarial):
             self, X, y, accept_sparse="csr", y_numeric=True, dtype=[np.float64, np.float32]
         )
         y = np.asarray(y, dtype=np.float64)
-        weight = self._weights(sample_weight, len(y))
+        weight = weights(sample_weight, len(y))
         loss = _losses.get(self.loss, self.huber_threshold)
         if loss.classifies:
             raise InputError(f"the {self.loss} loss is for AdversarialClassifier")
@@ -206,7 +220,7 @@ class AdversarialClassifier(ClassifierMixin, _Adversarial):
     >>> X = (X - X.mean(0)) / X.std(0)
     >>> model = AdversarialClassifier(eps=0.1, norm="inf").fit(X, y)
     >>> float(round(model.score(X, y), 2))
-    0.97
+    0.98
     """
 
     def __init__(
@@ -234,24 +248,15 @@ class AdversarialClassifier(ClassifierMixin, _Adversarial):
         """Fit to X (n, d), dense or sparse, and labels y (n,); weights count samples."""
         X, y = validate_data(self, X, y, accept_sparse="csr", dtype=[np.float64, np.float32])
         check_classification_targets(y)
-        weight = self._weights(sample_weight, len(y))
+        weight = weights(sample_weight, len(y))
         loss = _losses.get(self.loss)
         if not loss.classifies:
             raise InputError(f"the {self.loss} loss is for AdversarialRegressor")
         kept = weight > 0
         if not kept.all():
             X, y, weight = X[kept], y[kept], weight[kept]
-        self.classes_ = np.unique(y)
-        if len(self.classes_) < 2:
-            raise InputError(
-                f"AdversarialClassifier needs samples of at least 2 classes; y holds only 1 class, "
-                f"{self.classes_.tolist()}"
-            )
-        chosen = self.classes_[1:] if len(self.classes_) == 2 else self.classes_
-        found = [
-            self._solved(self._problem(X, np.where(y == one, 1.0, -1.0), weight, loss))
-            for one in chosen
-        ]
+        self.classes_, signs = signs_of(y)
+        found = [self._solved(self._problem(X, one, weight, loss)) for one in signs]
         self.coef_ = np.stack([one.coef for one in found])
         self.intercept_ = np.array([one.intercept for one in found])
         self.objective_ = sum(one.objective for one in found)

@@ -1,0 +1,260 @@
+"""The budget that does best on held-out data, as scikit-learn estimators."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.model_selection import check_cv
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from robustlearn.errors import InputError
+from robustlearn.linear import _losses
+from robustlearn.linear._solve import Problem, without
+from robustlearn.linear.closed_form import units
+from robustlearn.linear.estimators import (
+    AdversarialClassifier,
+    AdversarialRegressor,
+    signs_of,
+    weights,
+)
+from robustlearn.linear.path import prepared, solutions
+
+Array = NDArray[np.float64]
+FLOATS = [np.float64, np.float32]
+PASSED_ON = ("norm", "loss", "fit_intercept", "feature_scale", "tol")
+
+
+class _Search(BaseEstimator):
+    """What both searches share: held-out worst-case losses over a grid of budgets."""
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        return tags
+
+    def _keep(self, best: Any) -> None:
+        """Take over what the best model knows."""
+        self.best_ = best
+        for name in (
+            "coef_",
+            "intercept_",
+            "objective_",
+            "dual_gap_",
+            "eps_",
+            "eps_max_",
+            "n_iter_",
+        ):
+            setattr(self, name, getattr(best, name))
+
+    def _choose(self, X: Any, y: Any, weight: Array, signs: list[Array], loss: Any) -> float:
+        """Return the best eps; ``signs`` are the targets of the models, one or one a class."""
+        everything = np.arange(len(y))
+        largest = max(without(self._prepared(X, one, weight, loss, everything))[2] for one in signs)
+        if self.eps is not None:
+            grid = np.sort(np.asarray(self.eps, dtype=np.float64).ravel())[::-1]
+        elif largest > 0:
+            grid = np.geomspace(largest, self.shortest * largest, self.n_eps)
+        else:
+            grid = np.zeros(1)
+        if not (len(grid) and (grid >= 0).all()):
+            raise InputError("eps must hold at least one budget, and none that is negative")
+        if len(y) < 2:
+            raise InputError("cross-validation needs more than 1 sample")
+        folds = check_cv(self.cv, y, classifier=loss.classifies)
+        self.eps_path_ = grid
+        self.loss_path_ = np.stack(
+            [
+                self._held_out(X, weight, signs, loss, grid, train, test)
+                for train, test in folds.split(X, y)
+            ],
+            axis=1,
+        )
+        return float(grid[self.loss_path_.mean(1).argmin()])
+
+    def _prepared(
+        self, X: Any, y: Array, weight: Array, loss: Any, part: NDArray[np.intp]
+    ) -> Problem:
+        part = part[weight[part] > 0]
+        given = self.norm, self.fit_intercept, self.feature_scale
+        return prepared(X[part], y[part], weight[part], loss, *given)
+
+    def _held_out(
+        self,
+        X: Any,
+        weight: Array,
+        signs: list[Array],
+        loss: Any,
+        grid: Array,
+        train: NDArray[np.intp],
+        test: NDArray[np.intp],
+    ) -> Array:
+        """Return the mean worst-case loss on a fold at ``attack_eps`` for each budget."""
+        total = np.zeros(len(grid))
+        reach = units(self.feature_scale, X.shape[1])
+        for one in signs:
+            if loss.classifies and len(np.unique(one[train])) < 2:
+                raise InputError("a fold of the cross-validation lacks a class; use fewer folds")
+            problem = self._prepared(X, one, weight, loss, train)
+            for k, found in enumerate(solutions(problem, grid, self.tol)):
+                c = self.attack_eps * np.linalg.norm(reach * found.coef, problem.q)
+                z = X[test] @ found.coef + found.intercept
+                value = loss.value(loss.height(np.asarray(z), float(c), one[test]))
+                total[k] += np.average(value, weights=weight[test]) if weight[test].any() else 0.0
+        return total
+
+
+class AdversarialRegressorCV(RegressorMixin, _Search):
+    """`AdversarialRegressor` with the ε of least held-out loss.
+
+    ε* = argmin over the grid of the mean over the folds of
+    mean φ(|wᵀx + b − y| + attack_eps·‖D·w‖_q) on the part held out.
+
+    Parameters
+    ----------
+    eps : budgets to try; by default ``n_eps`` from ε_max down to ``shortest`` of it.
+    attack_eps : the budget at which the part held out is attacked; 0 measures the clean loss.
+    cv : folds, as scikit-learn has it; 5 by default.
+    norm, loss, fit_intercept, feature_scale, huber_threshold, tol : as for
+        `AdversarialRegressor`.
+
+    Attributes
+    ----------
+    eps_path_ : (k,); loss_path_ : (k, folds) the held-out losses.
+    best_ : the `AdversarialRegressor` at the best ε, fitted to all data; its attributes are found
+        here too.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_diabetes
+    >>> X, y = load_diabetes(return_X_y=True)
+    >>> search = AdversarialRegressorCV(n_eps=8).fit(X, y)
+    >>> search.loss_path_.shape
+    (8, 5)
+    """
+
+    def __init__(
+        self,
+        eps: Any = None,
+        *,
+        n_eps: int = 20,
+        shortest: float = 0.01,
+        attack_eps: float = 0.0,
+        cv: Any = None,
+        norm: Any = 2,
+        loss: str = "squared",
+        fit_intercept: bool = True,
+        feature_scale: Any = None,
+        huber_threshold: float = 1.35,
+        tol: float = 1e-8,
+    ) -> None:
+        self.eps = eps
+        self.n_eps = n_eps
+        self.shortest = shortest
+        self.attack_eps = attack_eps
+        self.cv = cv
+        self.norm = norm
+        self.loss = loss
+        self.fit_intercept = fit_intercept
+        self.feature_scale = feature_scale
+        self.huber_threshold = huber_threshold
+        self.tol = tol
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "AdversarialRegressorCV":
+        """Choose ε and fit to all of X (n, d) and y (n,)."""
+        X, y = validate_data(self, X, y, accept_sparse="csr", y_numeric=True, dtype=FLOATS)
+        y = np.asarray(y, dtype=np.float64)
+        weight = weights(sample_weight, len(y))
+        loss = _losses.get(self.loss, self.huber_threshold)
+        if loss.classifies:
+            raise InputError(f"the {self.loss} loss is for AdversarialClassifierCV")
+        eps = self._choose(X, y, weight, [y], loss)
+        same = {name: getattr(self, name) for name in (*PASSED_ON, "huber_threshold")}
+        self._keep(AdversarialRegressor(eps, **same).fit(X, y, weight))
+        return self
+
+    def predict(self, X: Any) -> Array:
+        """Return wᵀx + b, (n,)."""
+        check_is_fitted(self)
+        X = validate_data(self, X, accept_sparse="csr", dtype=FLOATS, reset=False)
+        return self.best_.predict(X)
+
+
+class AdversarialClassifierCV(ClassifierMixin, _Search):
+    """`AdversarialClassifier` with the ε of least held-out loss.
+
+    ε* = argmin over the grid of the mean over the folds of mean ℓ(y(wᵀx + b) − attack_eps·‖D·w‖_q)
+    on the part held out, summed over the K one-against-rest models if there are more classes
+    than two.
+
+    Parameters
+    ----------
+    eps, n_eps, shortest, attack_eps, cv : as for `AdversarialRegressorCV`.
+    norm, loss, fit_intercept, feature_scale, tol : as for `AdversarialClassifier`.
+
+    Attributes
+    ----------
+    eps_path_ : (k,); loss_path_ : (k, folds) the held-out losses.
+    best_ : the `AdversarialClassifier` at the best ε, fitted to all data; its attributes are found
+        here too.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_breast_cancer
+    >>> X, y = load_breast_cancer(return_X_y=True)
+    >>> search = AdversarialClassifierCV(n_eps=4, cv=3).fit((X - X.mean(0)) / X.std(0), y)
+    >>> search.loss_path_.shape
+    (4, 3)
+    """
+
+    def __init__(
+        self,
+        eps: Any = None,
+        *,
+        n_eps: int = 20,
+        shortest: float = 0.01,
+        attack_eps: float = 0.0,
+        cv: Any = None,
+        norm: Any = 2,
+        loss: str = "logistic",
+        fit_intercept: bool = True,
+        feature_scale: Any = None,
+        tol: float = 1e-8,
+    ) -> None:
+        self.eps = eps
+        self.n_eps = n_eps
+        self.shortest = shortest
+        self.attack_eps = attack_eps
+        self.cv = cv
+        self.norm = norm
+        self.loss = loss
+        self.fit_intercept = fit_intercept
+        self.feature_scale = feature_scale
+        self.tol = tol
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "AdversarialClassifierCV":
+        """Choose ε and fit to all of X (n, d) and labels y (n,)."""
+        X, y = validate_data(self, X, y, accept_sparse="csr", dtype=FLOATS)
+        check_classification_targets(y)
+        weight = weights(sample_weight, len(y))
+        loss = _losses.get(self.loss)
+        if not loss.classifies:
+            raise InputError(f"the {self.loss} loss is for AdversarialRegressorCV")
+        self.classes_, signs = signs_of(y)
+        eps = self._choose(X, y, weight, signs, loss)
+        same = {name: getattr(self, name) for name in PASSED_ON}
+        self._keep(AdversarialClassifier(eps, **same).fit(X, y, weight))
+        return self
+
+    def decision_function(self, X: Any) -> Array:
+        """Return wᵀx + b, (n,) for two classes, (n, K) for more."""
+        check_is_fitted(self)
+        X = validate_data(self, X, accept_sparse="csr", dtype=FLOATS, reset=False)
+        return self.best_.decision_function(X)
+
+    def predict(self, X: Any) -> NDArray[Any]:
+        """Return the class of the largest score, (n,)."""
+        check_is_fitted(self)
+        X = validate_data(self, X, accept_sparse="csr", dtype=FLOATS, reset=False)
+        return self.best_.predict(X)
