@@ -1,6 +1,7 @@
 """Linear models under attack: exact worst cases, certified training, honest comparison."""
 
 from robustlearn.linear.closed_form import (
+    certified_radius,
     eps_max,
     interpolation_threshold,
     worst_case_input,
@@ -16,6 +17,7 @@ __all__ = [
     "AdversarialRegressor",
     "AdversarialRegressorCV",
     "Path",
+    "certified_radius",
     "eps_max",
     "interpolation_threshold",
     "regularization_path",

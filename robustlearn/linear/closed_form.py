@@ -5,8 +5,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linprog
-from sklearn.utils.validation import check_X_y
+from sklearn.utils.validation import check_array, check_X_y
 
+from robustlearn._affine import affine, final_step
 from robustlearn.errors import InputError
 from robustlearn.linear import _losses
 
@@ -134,6 +135,55 @@ def worst_case_input(
         best[first] = np.sign(reach[first])
     sign = -y if classification else np.where(X @ w + b - y >= 0, 1.0, -1.0)
     return X + _budget(eps) * sign[:, None] * (scale * best)
+
+
+def certified_radius(estimator: Any, X: Any, norm: Any = 2, *, feature_scale: Any = None) -> Array:
+    """min over j ≠ k of ((w_k − w_j)ᵀx + b_k − b_j) / ‖D(w_k − w_j)‖_q, k the predicted class.
+
+    No change of norm p up to the radius changes the prediction, and some change just above it
+    does: exact in real arithmetic.
+
+    Parameters
+    ----------
+    estimator : a fitted linear classifier of scikit-learn or of ours, or a pipeline of affine
+        steps (scalers, PCA, …) with one at its end.
+    X : (n, d) inputs of the estimator, the pipeline's before its first step.
+    norm : p of the change of X, 1, 2 or inf; ``feature_scale`` : D as for `worst_case_loss`.
+
+    Returns
+    -------
+    (n,) float64, ∞ where no feature that can change matters.
+
+    Raises
+    ------
+    InputError for a regressor, and for what is not known to be affine, naming it.
+
+    Examples
+    --------
+    >>> from sklearn.linear_model import LogisticRegression
+    >>> model = LogisticRegression().fit([[-1.0], [1.0]], [0, 1])
+    >>> certified_radius(model, [[0.5]]).round(6)
+    array([0.5])
+    """
+    if not hasattr(final_step(estimator), "classes_"):
+        raise InputError("a radius is of a classifier; `worst_case_loss` is for regressors")
+    model = affine(estimator)
+    X = check_array(X, dtype=np.float64)
+    if X.shape[1] != model.weight.shape[1]:
+        raise InputError(f"X has {X.shape[1]} features; the model {model.weight.shape[1]}")
+    scale, q = units(feature_scale, X.shape[1]), dual_norm(norm)
+    weight, bias = model.weight, model.bias
+    if len(weight) == 1:
+        weight, bias = np.vstack([np.zeros_like(weight), weight]), np.append(0.0, bias)
+    scores = X @ weight.T + bias
+    predicted = scores.argmax(1)
+    radius = np.full(len(X), np.inf)
+    for j, (w, score) in enumerate(zip(weight, scores.T, strict=True)):
+        reach = np.linalg.norm(scale * (weight[predicted] - w), q, axis=1)
+        margin = scores[np.arange(len(X)), predicted] - score
+        rival = (predicted != j) & (reach > 0)
+        radius[rival] = np.minimum(radius[rival], margin[rival] / reach[rival])
+    return radius
 
 
 def eps_max(

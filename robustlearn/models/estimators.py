@@ -8,55 +8,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from robustlearn import _affine
+from robustlearn._affine import final_step, known, pieces
 from robustlearn.errors import InputError
 from robustlearn.models.base import Model
 from robustlearn.models.network import Rows, Standardize, TorchModel
 
-LINEAR_CLASSIFIERS = {
-    "LinearDiscriminantAnalysis",
-    "LinearSVC",
-    "LogisticRegression",
-    "LogisticRegressionCV",
-    "PassiveAggressiveClassifier",
-    "Perceptron",
-    "RidgeClassifier",
-    "RidgeClassifierCV",
-    "SGDClassifier",
-}
-LINEAR_REGRESSORS = {
-    "ARDRegression",
-    "BayesianRidge",
-    "ElasticNet",
-    "ElasticNetCV",
-    "HuberRegressor",
-    "Lars",
-    "LarsCV",
-    "Lasso",
-    "LassoCV",
-    "LassoLars",
-    "LassoLarsCV",
-    "LassoLarsIC",
-    "LinearRegression",
-    "LinearSVR",
-    "OrthogonalMatchingPursuit",
-    "OrthogonalMatchingPursuitCV",
-    "PassiveAggressiveRegressor",
-    "QuantileRegressor",
-    "Ridge",
-    "RidgeCV",
-    "SGDRegressor",
-    "TheilSenRegressor",
-}
+PERCEPTRONS = {"MLPClassifier", "MLPRegressor"}
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "identity": nn.Identity,
     "relu": nn.ReLU,
     "tanh": nn.Tanh,
     "logistic": nn.Sigmoid,
 }
-
-
-class NoTwinError(Exception):
-    """The estimator has no exact differentiable form here."""
 
 
 class Clamp(nn.Module):
@@ -74,11 +38,10 @@ class Clamp(nn.Module):
 def wrap_estimator(estimator: Any, **options: Any) -> Model:
     """Return an exact float64 twin where there is one, else a black box."""
     _check_fitted(estimator)
-    try:
-        twin = _twin(estimator)
-    except NoTwinError:
+    twin = _twin(estimator)
+    if twin is None:
         return EstimatorModel(estimator, **options)
-    final = _final(estimator)
+    final = final_step(estimator)
     classes = getattr(final, "classes_", None)
     options["task"] = "regression" if classes is None else "classification"
     # the layers give decision values and predictions, whatever they look like
@@ -98,7 +61,7 @@ class EstimatorModel(Model):
     """A fitted estimator asked for its scores: no gradient."""
 
     def __init__(self, estimator: Any, **options: Any) -> None:
-        final = _final(estimator)
+        final = final_step(estimator)
         classes = getattr(final, "classes_", None)
         kind = _estimator_type(estimator)
         if kind not in ("classifier", "regressor"):
@@ -165,11 +128,6 @@ def _estimator_type(estimator: Any) -> str | None:
     return "regressor" if is_regressor(estimator) else None
 
 
-def _final(estimator: Any) -> Any:
-    steps = getattr(estimator, "steps", None)
-    return steps[-1][1] if isinstance(steps, list) else estimator
-
-
 def _check_fitted(estimator: Any) -> None:
     from sklearn.base import BaseEstimator
     from sklearn.exceptions import NotFittedError
@@ -183,116 +141,54 @@ def _check_fitted(estimator: Any) -> None:
         raise InputError(f"fit the {type(estimator).__name__} before wrapping it") from error
 
 
-def _known(estimator: Any, names: set[str]) -> bool:
-    """Tell scikit-learn's own class of that name: a subclass may compute something else."""
-    kind = type(estimator)
-    return kind.__name__ in names and kind.__module__.split(".")[0] == "sklearn"
+def _twin(estimator: Any) -> nn.Sequential | None:
+    """Return the layers of an estimator that is known, None for another."""
+    steps = pieces(estimator)
+    before = [_affine.transformer(step) for step in steps[:-1]]
+    if known(steps[-1], PERCEPTRONS):
+        last = _perceptron(steps[-1])
+    else:
+        weight = _affine.predictor(steps[-1])
+        last = None if weight is None else [_layer(weight)]
+    if last is None or None in before:
+        return None
+    maps = [piece for step in before for piece in step or ()]
+    return nn.Sequential(Rows(), *map(_layer, maps), *last)
 
 
-def _twin(estimator: Any) -> nn.Sequential:
-    steps = getattr(estimator, "steps", None)
-    if _known(estimator, {"Pipeline"}) and steps is not None:
-        before = [layer for _, step in steps[:-1] for layer in _transformer(step)]
-        return nn.Sequential(Rows(), *before, *_predictor(steps[-1][1]))
-    return nn.Sequential(Rows(), *_predictor(estimator))
+def _layer(piece: _affine.Map) -> nn.Module:
+    if isinstance(piece, _affine.Scale):
+        return Standardize(piece.shift, piece.divisor, piece.offset)
+    if isinstance(piece, _affine.Clip):
+        return Clamp(piece.low, piece.high)
+    return _linear(piece.weight, piece.bias)
 
 
 def _linear(weight: Any, bias: Any) -> nn.Linear:
     """x ↦ weight·x + bias in float64."""
-    weight = weight.toarray() if hasattr(weight, "toarray") else np.asarray(weight)
-    weight = torch.as_tensor(np.atleast_2d(weight), dtype=torch.float64)
+    weight, bias = (torch.as_tensor(part, dtype=torch.float64) for part in (weight, bias))
     layer = nn.utils.skip_init(nn.Linear, weight.shape[1], len(weight), dtype=torch.float64)
-    bias = np.broadcast_to(np.asarray(bias, dtype=float).reshape(-1), len(weight))
     layer.weight.data.copy_(weight)
-    layer.bias.data.copy_(torch.from_numpy(bias.copy()))
+    layer.bias.data.copy_(bias)
     return layer
 
 
-def _predictor(estimator: Any) -> list[nn.Module]:
-    if isinstance(getattr(estimator, "classes_", None), list):
-        raise InputError("estimators with several outputs at once are not supported")
-    if _known(estimator, LINEAR_CLASSIFIERS | LINEAR_REGRESSORS):
-        weight = np.atleast_2d(estimator.coef_)
-        rows = 1 if _known(estimator, LINEAR_REGRESSORS) else max(1, len(weight))
-        if len(weight) != rows or (len(weight) == 1) != (_outputs(estimator) == 1):
-            raise InputError("estimators with several outputs at once are not supported")
-        return [_linear(estimator.coef_, estimator.intercept_)]
-    if _known(estimator, {"MLPClassifier", "MLPRegressor"}):
-        return _perceptron(estimator)
-    raise NoTwinError
-
-
-def _outputs(estimator: Any) -> int:
-    """How many columns the decision function has by right."""
-    classes = getattr(estimator, "classes_", None)
-    return 1 if classes is None or len(classes) == 2 else len(classes)
-
-
-def _perceptron(estimator: Any) -> list[nn.Module]:
-    if estimator.n_outputs_ != _outputs(estimator):
+def _perceptron(estimator: Any) -> list[nn.Module] | None:
+    if estimator.n_outputs_ != _affine.outputs(estimator):
         raise InputError("estimators with several outputs at once are not supported")
     if estimator.out_activation_ not in ("identity", "logistic", "softmax"):
-        raise NoTwinError
+        return None
     layers: list[nn.Module] = []
     for weight, bias in zip(estimator.coefs_, estimator.intercepts_, strict=True):
         layers += [_linear(weight.T, bias), ACTIVATIONS[estimator.activation]()]
     return layers[:-1]  # the output activation keeps the order: decision values come before it
 
 
-def _transformer(step: Any) -> list[nn.Module]:
-    """Return the layers of a fitted transformer that is affine (or a clipped affine one)."""
-    if step is None or step == "passthrough":
-        return []
-    if _known(step, {"StandardScaler"}):
-        shift = step.mean_ if step.with_mean else None
-        return [_standardize(step.n_features_in_, shift=shift, divisor=step.scale_)]
-    if _known(step, {"RobustScaler"}):
-        center, scale = getattr(step, "center_", None), getattr(step, "scale_", None)
-        return [_standardize(step.n_features_in_, shift=center, divisor=scale)]
-    if _known(step, {"MaxAbsScaler"}):
-        clamp = [Clamp(-1.0, 1.0)] if getattr(step, "clip", False) else []
-        return [_standardize(step.n_features_in_, divisor=step.scale_), *clamp]
-    if _known(step, {"MinMaxScaler"}):
-        clamp = [Clamp(*map(float, step.feature_range))] if step.clip else []
-        scale = _standardize(step.n_features_in_, divisor=1 / step.scale_, offset=step.min_)
-        return [scale, *clamp]
-    if _known(step, {"PCA", "IncrementalPCA"}):
-        return _principal_components(step)
-    if _known(step, {"TruncatedSVD", "GaussianRandomProjection", "SparseRandomProjection"}):
-        return [_linear(step.components_, 0.0)]
-    if _known(step, {"FastICA"}):
-        center = _standardize(step.n_features_in_, shift=getattr(step, "mean_", None))
-        return [center, _linear(step.components_, 0.0)]
-    if type(step).__module__.startswith("sklearn.feature_selection"):
-        return [_linear(np.eye(step.n_features_in_)[step.get_support()], 0.0)]
-    raise NoTwinError
-
-
-def _standardize(
-    features: int, *, shift: Any = None, divisor: Any = None, offset: Any = None
-) -> Standardize:
-    return Standardize(
-        np.zeros(features) if shift is None else shift,
-        np.ones(features) if divisor is None else divisor,
-        np.zeros(features) if offset is None else offset,
-    )
-
-
-def _principal_components(step: Any) -> list[nn.Module]:
-    center = _standardize(step.n_features_in_, shift=step.mean_)
-    rotate = _linear(step.components_, 0.0)
-    if not step.whiten:
-        return [center, rotate]
-    spread = np.sqrt(step.explained_variance_)
-    spread = np.maximum(spread, np.finfo(spread.dtype).eps)
-    return [center, rotate, _standardize(len(spread), divisor=spread)]
-
-
 def _agrees(model: TorchModel, estimator: Any) -> bool:
     """Compare the twin with the estimator on a few random rows."""
     features = getattr(estimator, "n_features_in_", None)
     if features is None:
-        features = _final(estimator).n_features_in_
+        features = final_step(estimator).n_features_in_
     rows = np.random.default_rng(0).standard_normal((16, int(features)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
