@@ -79,7 +79,7 @@ Model = Annotated[
     str,
     typer.Option(
         help="FILE.py:NAME or package.module:NAME, a model or a function without arguments that "
-        "builds one; or a pickled model, with --allow-pickle."
+        "builds one; MODEL.skops; or a pickled model, with --allow-pickle."
     ),
 ]
 Data = Annotated[
@@ -196,6 +196,56 @@ def certify(
         typer.echo(json.dumps(inputs.plain(result), indent=1, allow_nan=False))
     elif not quiet:
         screen.show_certificate(result, out)
+
+
+@app.command("fit-linear")
+def fit_linear(
+    data: Data,
+    eps: Eps,
+    norm: Norm = "l2",
+    target: Target = None,
+    loss: Annotated[
+        str,
+        typer.Option(
+            help="squared, absolute or huber; logistic, hinge or squared_hinge for classes."
+        ),
+    ] = "squared",
+    relative: Annotated[
+        bool, typer.Option("--relative", help="--eps is a fraction of the largest that matters.")
+    ] = False,
+    standardize: Annotated[
+        bool, typer.Option("--standardize", help="Scale features first; --eps is in these units.")
+    ] = False,
+    test_size: Annotated[float, typer.Option(help="Share held out.", **Number)] = 0.25,
+    tol: Annotated[float, typer.Option(help="Relative duality gap to reach.")] = 1e-8,
+    out: Annotated[Path | None, typer.Option(help="File for the model, MODEL.skops.")] = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a linear model for the worst case, with a proof, and compare it."""
+    from robustlearn.cli import inputs, linear
+
+    if not 0 < test_size < 1:
+        raise InputError(f"--test-size lies between 0 and 1; got {test_size:g}")
+    samples, _ = inputs.samples(data, target, None, seed)
+    model, result = linear.fitted(
+        samples,
+        norm=inputs.threat(norm, eps, None, None).p,
+        eps=eps,
+        relative=relative,
+        loss=loss,
+        standardize=standardize,
+        test_size=test_size,
+        seed=seed,
+        tol=tol,
+    )
+    if out is not None:
+        linear.save(model, out)
+    if as_json:
+        typer.echo(json.dumps(result, indent=1, allow_nan=False))
+    elif not quiet:
+        linear.show(result, out)
 
 
 @app.command()

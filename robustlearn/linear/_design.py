@@ -102,7 +102,3 @@ class Design:
         if not self.intercept:
             return v.copy(), 0.0
         return v[:-1].copy(), float(v[-1] - self.shift @ v[:-1])
-
-    def join(self, coef: Array, intercept: float) -> Array:
-        """Return what `split` takes apart."""
-        return np.append(coef, intercept + self.shift @ coef) if self.intercept else coef.copy()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import scipy.linalg as sla
@@ -12,14 +12,35 @@ from robustlearn.linear._bound import lower_bound
 from robustlearn.linear._design import Design
 from robustlearn.linear._interior import Outcome, Rows, Settled, minimise
 from robustlearn.linear._losses import Hinge, Loss, Squared
+from robustlearn.linear._newton import Kinks, State, descend
 
 Array = NDArray[np.float64]
+T = TypeVar("T")
 FEW = 6  # rows a column below which all rows are worked on at once
 WINDOW = 0.15  # share of the rows, those of least residual, that the first round works on
 ROUGH = 1e-3  # relative accuracy of the first round
 ROUNDS = 12
-INSIDE = 20  # how far below the tolerance the methods aim: the proof takes some of it
-NEAR = 0.05  # room at the start from a neighbouring solution
+INSIDE = 20  # how far below the tolerance the interior-point method aims: the proof takes some
+FAR, NEAR = 0.3, 0.05  # room at its start, from afar and from a neighbouring solution
+EXACT = 1e-5  # of the tolerance: the fall of the last Newton step
+SOFT, SOFT_NEAR = 0.05, 0.005  # first μ of Newton's method, in typical residuals
+STEPS = 40  # most Newton steps of a round
+
+
+@dataclass(frozen=True)
+class Found:
+    """Columns v, multipliers of the rows, steps; the bound where it has been worked out.
+
+    ``kinks`` and ``corners`` are the multipliers of the kinks of |r| and of ‖D·v‖₁, for those who
+    start near.
+    """
+
+    v: Array
+    multipliers: Array
+    steps: int
+    bound: float | None = None
+    kinks: Array | None = None
+    corners: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -31,8 +52,7 @@ class Solution:
     coef : (d,); intercept : float.
     objective : (1/Σω)·Σ ωᵢ·lossᵢ, the worst case at eps.
     bound : no model of this kind has a smaller objective.
-    multipliers : (n,) ω·∂loss/∂z of the rows, that prove it.
-    steps : Newton steps.
+    found : what the method left, among it the multipliers that prove the bound.
     eps_max : from there on no feature that the attack reaches is used. Exact where the best model
         without them has only one set of multipliers, an upper bound for the absolute and the
         hinge loss.
@@ -44,11 +64,15 @@ class Solution:
     intercept: float
     objective: float
     bound: float
-    multipliers: Array
-    steps: int
+    found: Found
     eps: float
     eps_max: float
     start: float
+
+    @property
+    def steps(self) -> int:
+        """Newton steps."""
+        return self.found.steps
 
     @property
     def gap(self) -> float:
@@ -119,29 +143,37 @@ class Problem:
 
 
 def solve(
-    problem: Problem, *, tol: float = 1e-8, max_iter: int = 100, near: Array | None = None
+    problem: Problem, *, tol: float = 1e-8, max_iter: int = 100, near: Found | None = None
 ) -> Solution:
     """Minimise to a relative gap of ``tol``; the gap says how far it got.
 
-    ``near`` may name the columns v of the solution at a neighbouring eps.
+    ``near`` may be what was found at a neighbouring eps.
     """
     v, multipliers, eps_max = without(problem)
+    found = Found(v, multipliers, 0)
     if problem.relative:
         problem = replace(problem, eps=problem.eps * eps_max, relative=False)
-    total, steps = float(problem.weight.sum()), 0
-    start = problem.objective(v) / total
+    total = float(problem.weight.sum())
+    start = _once(problem, "start", lambda: problem.objective(v) / total)
     if problem.eps < eps_max:
-        v, multipliers, steps = _method(problem)(problem, tol, max_iter, near)
+        found = _method(problem)(problem, tol, max_iter, near)
+        v = found.v
         if problem.loss.classifies and _left(problem, v) > 0:
             v = _widest(problem, v, tol)
     coef, intercept = problem.design.split(v)
-    objective, bound = problem.objective(v) / total, problem.bound(v, multipliers) / total
+    bound = found.bound
+    if bound is None or v is not found.v:
+        bound = problem.bound(v, found.multipliers)
     return Solution(
-        coef, intercept, objective, bound, multipliers, steps, problem.eps, eps_max, start
+        coef,
+        intercept,
+        problem.objective(v) / total,
+        bound / total,
+        found,
+        problem.eps,
+        eps_max,
+        start,
     )
-
-
-Found = tuple[Array, Array, int]  # v, multipliers of the rows, steps
 
 
 def without(problem: Problem) -> tuple[Array, Array, float]:
@@ -149,9 +181,14 @@ def without(problem: Problem) -> tuple[Array, Array, float]:
 
     ε_max = ‖D⁻¹Xᵀs‖_p / Σ a, the least ε at which the multipliers prove it best of all.
     """
-    if "without" not in problem.known:
-        problem.known["without"] = _without(problem)
-    return problem.known["without"]
+    return _once(problem, "without", lambda: _without(problem))
+
+
+def _once(problem: Problem, name: str, make: Callable[[], T]) -> T:
+    """Return what does not depend on eps, worked out once."""
+    if name not in problem.known:
+        problem.known[name] = make()
+    return problem.known[name]
 
 
 def _without(problem: Problem) -> tuple[Array, Array, float]:
@@ -166,7 +203,8 @@ def _without(problem: Problem) -> tuple[Array, Array, float]:
     else:
         some = Design(design.take()[:, free], intercept=False)
         part = Problem(some, y, weight, np.zeros(len(free)), 0.0, problem.q, problem.loss)
-        v[free], multipliers, _ = _method(part)(part, 1e-12, 100, None)
+        found = _method(part)(part, 1e-12, 100, None)
+        v[free], multipliers = found.v, found.multipliers
     if not costly.any():
         return v, multipliers, 0.0
     a = np.abs(multipliers)
@@ -184,7 +222,7 @@ def _at_zero(problem: Problem) -> Array:
     return -np.sign(y) * weight * loss.slope(height)
 
 
-def _method(problem: Problem) -> Callable[[Problem, float, int, Array | None], Found]:
+def _method(problem: Problem) -> Callable[[Problem, float, int, Found | None], Found]:
     """Choose how to solve."""
     squared = isinstance(problem.loss, Squared)
     if squared and len(problem.penalised) == 0:
@@ -196,18 +234,18 @@ def _method(problem: Problem) -> Callable[[Problem, float, int, Array | None], F
     return _at_once
 
 
-def _least_squares(problem: Problem, tol: float, max_iter: int, near: Array | None) -> Found:
+def _least_squares(problem: Problem, tol: float, max_iter: int, near: Found | None) -> Found:
     root = np.sqrt(problem.weight)
     x = problem.design.take() * root[:, None]
     v = np.asarray(np.linalg.lstsq(x, root * problem.y, rcond=None)[0], dtype=np.float64)
-    return v, 2 * problem.weight * (problem.design.dot(v) - problem.y), 1
+    return Found(v, 2 * problem.weight * (problem.design.dot(v) - problem.y), 1)
 
 
-def _at_once(problem: Problem, tol: float, max_iter: int, near: Array | None) -> Found:
+def _at_once(problem: Problem, tol: float, max_iter: int, near: Found | None) -> Found:
     """Work on all rows."""
     rows = problem.rows()
     found = minimise(rows, _start(problem, rows.x), tol=tol / INSIDE, max_iter=max_iter)
-    return found.v, found.dual, found.steps
+    return Found(found.v, found.dual, found.steps)
 
 
 def _start(problem: Problem, x: Array) -> Array:
@@ -266,7 +304,7 @@ def _left(problem: Problem, v: Array) -> float:
     return float((problem.y * problem.design.dot(v)).min()) - problem.size(v)
 
 
-def _turned(problem: Problem, tol: float, max_iter: int, near: Array | None) -> Found:
+def _turned(problem: Problem, tol: float, max_iter: int, near: Found | None) -> Found:
     """q = 2 and more columns than rows: w lies in the span of the rows, n numbers."""
     penalised, scale = problem.penalised, problem.scale
     x = problem.design.take()
@@ -286,60 +324,106 @@ def _turned(problem: Problem, tol: float, max_iter: int, near: Array | None) -> 
     v = np.zeros(x.shape[1])
     v[penalised] = turn @ found.v[:k] / scale[penalised]
     v[free] = found.v[k:]
-    return v, found.dual, found.steps
+    return Found(v, found.dual, found.steps)
 
 
-def _by_rounds(problem: Problem, tol: float, max_iter: int, near: Array | None) -> Found:
-    """Squared loss, many rows: work on those of small residual, settle the sign of the others.
+def _by_rounds(problem: Problem, tol: float, max_iter: int, near: Found | None) -> Found:
+    """Squared loss, many rows: Newton's method, and where it leaves no proof the interior point."""
+    if problem.q == np.inf:
+        return _interior_rounds(problem, tol, max_iter, near)
+    found = _newton_rounds(problem, tol, near)
+    objective, bound = problem.objective(found.v), problem.bound(found.v, found.multipliers)
+    if objective - bound <= tol * objective:
+        return replace(found, bound=bound)
+    more = _interior_rounds(problem, tol, max_iter, found)
+    return replace(more, steps=found.steps + more.steps)
 
-    A row whose residual keeps its sign is quadratic, and counts through sums that are made once.
-    Rows whose sign turns out otherwise join those that are worked on.
-    """
+
+def _newton_rounds(problem: Problem, tol: float, near: Found | None) -> Found:
+    """Work on the rows of small residual, with the sign of the others settled, then check these."""
     design, y, weight = problem.design, problem.y, problem.weight
     n, m = design.rows, design.columns
+    v = _ridge(problem) if near is None else near.v
+    residual = design.dot(v) - y
+    typical, size = float(np.median(np.abs(residual))), float(np.abs(problem.scale * v).mean())
+    soft = SOFT if near is None else SOFT_NEAR
+    state = State(v, soft * typical, soft * problem.eps * size, Kinks(m))
+    sigma = np.zeros(n)
+    if near is not None and near.kinks is not None and near.corners is not None:
+        sigma, state.corners.multiplier = near.kinks.copy(), near.corners.copy()
+    few = int(max(FEW * m, WINDOW * n)) > n / 2
+    part = np.arange(n) if few else _smallest(residual, int(max(FEW * m, WINDOW * n)))
+    goal = EXACT * tol if few else ROUGH
+    for _ in range(ROUNDS):
+        sign, rest = _settled(problem, residual, part)
+        kinks = Kinks(len(part))
+        kinks.multiplier = sigma[part]
+        descend(problem.rows(part, rest), rest, state, kinks, goal, most=STEPS)
+        residual = design.dot(state.v) - y
+        sigma[part] = kinks.multiplier
+        wrong = np.flatnonzero(np.sign(residual) * sign < 0)
+        if goal < ROUGH and not len(wrong):
+            break
+        if goal == ROUGH:
+            part, goal = _smallest(residual, int(max(3 * m, len(part) / 4))), EXACT * tol
+        else:
+            part = np.union1d(part, wrong)
+    signs = np.sign(residual)
+    signs[part] = sigma[part]
+    multipliers = 2 * weight * (residual + problem.size(state.v) * signs)
+    corners = state.corners.multiplier
+    return Found(state.v, multipliers, state.steps, kinks=signs, corners=corners)
+
+
+def _settled(problem: Problem, residual: Array, part: NDArray[np.intp]) -> tuple[Array, Settled]:
+    """Return the signs of the rows outside ``part`` (0 inside), and what they add up to."""
     gram, moment, square = _sums(problem)
-    v = _ridge(problem, gram, moment, square) if near is None else near
+    sign = np.sign(residual)
+    sign[part] = 0.0
+    pull = problem.weight * sign
+    along = problem.design.tdot(pull) if len(part) < len(sign) else np.zeros(len(moment))
+    mass = float(np.abs(pull).sum())
+    return sign, Settled(gram, moment, square, along, float(pull @ problem.y), mass)
+
+
+def _interior_rounds(problem: Problem, tol: float, max_iter: int, near: Found | None) -> Found:
+    """Do the same by the interior-point method."""
+    design, y, weight = problem.design, problem.y, problem.weight
+    n, m = design.rows, design.columns
+    v = _ridge(problem) if near is None else near.v
     residual = design.dot(v) - y
     part = _smallest(residual, int(max(FEW * m, WINDOW * n)))
-    steps, goal, room = 0, ROUGH, 0.3
-    if near is not None:
-        goal, room = 0.0, NEAR
+    steps, last = 0, tol / INSIDE
+    goal, room = (max(ROUGH, last), FAR) if near is None else (last, NEAR)
     for _ in range(ROUNDS):
-        goal = max(goal, tol / INSIDE)
-        sign = np.sign(residual)
-        settled = sign * weight
-        settled[part] = 0.0
-        rest = Settled(
-            gram,
-            moment,
-            square,
-            design.tdot(settled),
-            float(settled @ y),
-            float(np.abs(settled).sum()),
-        )
+        sign, rest = _settled(problem, residual, part)
         found = minimise(problem.rows(part, rest), v, room=room, tol=goal, max_iter=max_iter)
         steps += found.steps
         v = found.v
         residual = design.dot(v) - y
-        wrong = (np.sign(residual) != sign) & (settled != 0)
-        if goal <= tol / INSIDE and not wrong.any():
+        wrong = np.flatnonzero(np.sign(residual) * sign < 0)
+        if goal == last and not len(wrong):
             break
-        if goal > tol / INSIDE:
-            part = _smallest(residual, int(max(3 * m, len(part) / 4)))
-            goal, room = 0.0, 0.02
+        before, room = part, NEAR
+        if goal > last:
+            part, goal = _smallest(residual, int(max(3 * m, len(part) / 4))), last
         else:
-            part = np.union1d(part, np.flatnonzero(wrong))
+            part = np.union1d(part, wrong)
+    else:
+        part = before
     multipliers = 2 * weight * (residual + problem.size(v) * np.sign(residual))
-    multipliers[part] = found.dual if len(found.dual) == len(part) else multipliers[part]
-    return v, multipliers, steps
+    multipliers[part] = found.dual
+    return Found(v, multipliers, steps)
 
 
 def _sums(problem: Problem) -> tuple[Array, Array, float]:
     """XᵀΩX, XᵀΩy and yᵀΩy."""
-    if "sums" not in problem.known:
+
+    def sums() -> tuple[Array, Array, float]:
         gram, moment = problem.design.gram(problem.weight, problem.y)
-        problem.known["sums"] = gram, moment, float(problem.weight @ problem.y**2)
-    return problem.known["sums"]
+        return gram, moment, float(problem.weight @ problem.y**2)
+
+    return _once(problem, "sums", sums)
 
 
 def _smallest(residual: Array, count: int) -> NDArray[np.intp]:
@@ -348,20 +432,20 @@ def _smallest(residual: Array, count: int) -> NDArray[np.intp]:
     return np.sort(np.argpartition(np.abs(residual), count - 1)[:count])
 
 
-def _ridge(problem: Problem, gram: Array, moment: Array, square: float) -> Array:
+def _ridge(problem: Problem) -> Array:
     """Ridge regression from the sums, its penalty that of c at its own solution."""
+    gram, moment, square = _sums(problem)
     total, scale = float(problem.weight.sum()), problem.scale
-    penalised = problem.penalised
-    shape = scale**2 * float(np.trace(gram)) / len(gram)
+    shape = scale**2 * (float(np.trace(gram)) / len(gram))
     ridge = 0.1
-    for _ in range(3):
-        matrix = gram + np.diag(ridge * shape + 1e-12 * np.diag(gram))
-        v = sla.solve(matrix, moment, assume_a="pos")
+    for _ in range(2):
+        matrix = gram.copy()
+        matrix[np.diag_indices(len(gram))] += ridge * shape + 1e-12 * np.diag(gram)
+        v = sla.solve(matrix, moment, assume_a="pos", check_finite=False)
         fit = max(float(v @ (gram @ v) - 2 * moment @ v) + square, 1e-12 * square)
-        c = problem.size(v)
-        weighted = float(shape[penalised] @ v[penalised] ** 2)
-        new = c * (0.8 * np.sqrt(total * fit) + total * c) / max(weighted, 1e-300)
-        if abs(np.log(new / ridge)) < 0.3:
+        c, bent = problem.size(v), float(shape @ v**2)
+        new = c * (0.8 * np.sqrt(total * fit) + total * c) / max(bent, 1e-300)
+        if abs(np.log(new / ridge)) < 1:
             break
         ridge = new
     return v

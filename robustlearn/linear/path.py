@@ -10,7 +10,7 @@ from sklearn.utils.validation import check_array, check_X_y
 from robustlearn.errors import InputError
 from robustlearn.linear import _losses
 from robustlearn.linear._design import Design
-from robustlearn.linear._solve import Problem, Solution, solve, without
+from robustlearn.linear._solve import Found, Problem, Solution, solve, without
 from robustlearn.linear.closed_form import dual_norm, units
 from robustlearn.linear.estimators import weights
 
@@ -120,10 +120,10 @@ def regularization_path(
 def solutions(problem: Problem, budgets: Array, tol: float) -> list[Solution]:
     """Solve at falling budgets, each from its neighbour."""
     found: list[Solution] = []
-    near = None
+    near: Found | None = None
     for eps in budgets:
         one = solve(replace(problem, eps=float(eps)), tol=tol, near=near)
-        near = problem.design.join(one.coef, one.intercept) if one.coef.any() else None
+        near = one.found if one.coef.any() else None
         found.append(one)
     return found
 
