@@ -20,7 +20,7 @@ from robustlearn.linear._losses import Loss
 Array = NDArray[np.float64]
 Solve = Callable[[Array], Array]
 ALMOST = 0.995  # of the way to the boundary
-PROX = 1e-8  # of the mean curvature is added: a proximal term bends the path, not its end
+PROX = 1e-8  # of a column's own curvature is added: a proximal term bends the path, not its end
 AIM = 1e-3  # of the tolerance
 WAIT, LONG_WAIT = 1, 12  # steps without progress, below the tolerance and above
 TRUST = 3.0  # change of the logarithm of a curvature that one step may bring
@@ -179,11 +179,11 @@ class Rows:
     cost: float | None = None  # if given c costs so much in the objective, and nothing in the rows
 
     @cached_property
-    def scale(self) -> float:
-        """The mean of the diagonal of XᵀΩX."""
+    def scale(self) -> Array:
+        """The diagonal of XᵀΩX."""
         if self.rest is not None:
-            return float(np.trace(self.rest.gram)) / self.x.shape[1]
-        return float(np.einsum("ij,ij,i->", self.x, self.x, self.weight)) / self.x.shape[1]
+            return np.diag(self.rest.gram)
+        return np.einsum("ij,ij,i->j", self.x, self.x, self.weight)
 
     def gradient(self, by_z: Array, z: Array, v: Array, c: float) -> tuple[Array, float]:
         """Return the derivatives by v and c that belong to multipliers by z."""
@@ -280,8 +280,11 @@ def minimise(
             break
         least = 0.1 * value * (tol if best.worst > tol else AIM * tol)
         try:
-            dv, dc, length = _step(rows, heights, ball, z, v, c, total, least)
-        except FloatingPointError:  # the end of what the floating point numbers can tell apart
+            with np.errstate(all="ignore"):
+                dv, dc, length = _step(rows, heights, ball, z, v, c, total, least)
+        except (FloatingPointError, np.linalg.LinAlgError):
+            break  # the end of what floating point numbers can tell apart
+        if not (np.isfinite(dv).all() and np.isfinite(dc)):
             break
         v, c = v + length * dv, c + length * dc
         heights.advance(length)
@@ -351,7 +354,7 @@ def _dense(
         h[:m, :m] += across + across.T
         h[:m, m] += h[m, m] * lift
     h[m, :m] = h[:m, m]
-    diagonal = np.full(m + 1, PROX * rows.scale)
+    diagonal = PROX * np.append(rows.scale, rows.weight.sum())
     diagonal[rows.penalised] += block.diagonal
     diagonal[m] += block.corner
     if block.outer is not None:
@@ -364,14 +367,14 @@ def _dense(
 
 def _factor(h: Array, diagonal: Array) -> tuple[Array, bool]:
     """Factor h + diagonal; more is added where rounding has made it indefinite."""
-    extra = 0.0
+    extra: Array | float = 0.0
     for _ in range(12):
         shifted = h.copy()
         shifted[np.diag_indices(len(h))] += diagonal + extra
         try:
             return sla.cho_factor(shifted, lower=True, overwrite_a=True, check_finite=False)
         except sla.LinAlgError:
-            extra = max(100 * extra, 1e-15 * float(np.trace(np.abs(h))) / len(h))
+            extra = np.maximum(100 * extra, 1e-15 * (np.abs(np.diag(h)) + diagonal))
     raise FloatingPointError("Newton's matrix is not positive definite")
 
 
@@ -389,7 +392,7 @@ def _twin(
         wide = wide + np.outer(lean, lift[penalised])
     columns = np.column_stack([rows.x, lean + rows.x @ tilt])[:, free]
     corners = np.diag([*np.zeros(len(free) - 1), corner + block.corner])
-    load = block.diagonal + PROX * rows.scale
+    load = block.diagonal + PROX * rows.scale[penalised]
     scaled = wide / load
     k = scaled @ wide.T
     factor = _factor(k, 1 / zz)

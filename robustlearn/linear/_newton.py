@@ -104,7 +104,7 @@ def descend(rows: Rows, rest: Settled, state: State, kinks: Kinks, tol: float, m
         h = rest.gram + kinked.T @ kinked + across + across.T
         if rows.q == 2:
             h -= (lever / c * by_c)[:, None] * by_c
-        h[np.diag_indices(m)] += lever * diagonal + 1e-14 * np.trace(h) / m
+        h[np.diag_indices(m)] += lever * diagonal + 1e-14 * np.diag(h)
         try:
             factor = sla.cho_factor(h, lower=True, overwrite_a=True, check_finite=False)
         except sla.LinAlgError:

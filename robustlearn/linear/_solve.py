@@ -24,7 +24,9 @@ INSIDE = 20  # how far below the tolerance the interior-point method aims: the p
 FAR, NEAR = 0.3, 0.05  # room at its start, from afar and from a neighbouring solution
 EXACT = 1e-5  # of the tolerance: the fall of the last Newton step
 SOFT, SOFT_NEAR = 0.05, 0.005  # first μ of Newton's method, in typical residuals
-STEPS = 40  # most Newton steps of a round
+DUST = 1e-7  # of the largest coefficient
+CAP = 200_000  # most rows of the first round, unless the columns ask for more
+BARELY = 1e-9  # of c: a residual so small has no sign
 
 
 @dataclass(frozen=True)
@@ -160,10 +162,10 @@ def solve(
         v = found.v
         if problem.loss.classifies and _left(problem, v) > 0:
             v = _widest(problem, v, tol)
+    bound = problem.bound(v, found.multipliers) if found.bound is None else found.bound
+    if problem.q == 1:
+        v = _cleared(problem, v, tol)
     coef, intercept = problem.design.split(v)
-    bound = found.bound
-    if bound is None or v is not found.v:
-        bound = problem.bound(v, found.multipliers)
     return Solution(
         coef,
         intercept,
@@ -174,6 +176,14 @@ def solve(
         eps_max,
         start,
     )
+
+
+def _cleared(problem: Problem, v: Array, tol: float) -> Array:
+    """Return v with zeros where ‖·‖₁ leaves next to nothing, unless the objective minds."""
+    reach = np.abs(problem.scale * v)
+    clear = np.where((reach > 0) & (reach <= DUST * reach.max()), 0.0, v)
+    worth = problem.objective(clear) <= problem.objective(v) * (1 + tol / INSIDE)
+    return clear if worth else v
 
 
 def without(problem: Problem) -> tuple[Array, Array, float]:
@@ -252,8 +262,9 @@ def _start(problem: Problem, x: Array) -> Array:
     """Ridge regression, its penalty matched to the norm's."""
     n, m = x.shape
     heavy = x * problem.weight[:, None]
-    ridge = np.full(m, 1e-9 * float(np.einsum("ij,ij->", heavy, x)) / m)
-    ridge[problem.penalised] += float(np.einsum("ij,ij->", heavy, x)) / m * 0.1
+    ridge = 1e-9 * np.einsum("ij,ij->j", heavy, x)
+    ridge[problem.penalised] *= 1e8
+    ridge[ridge == 0] = 1.0  # columns of zeros
     if m <= n:
         return sla.solve(heavy.T @ x + np.diag(ridge), heavy.T @ problem.y, assume_a="pos")
     scaled = x / ridge
@@ -328,18 +339,24 @@ def _turned(problem: Problem, tol: float, max_iter: int, near: Found | None) -> 
 
 
 def _by_rounds(problem: Problem, tol: float, max_iter: int, near: Found | None) -> Found:
-    """Squared loss, many rows: Newton's method, and where it leaves no proof the interior point."""
-    if problem.q == np.inf:
-        return _interior_rounds(problem, tol, max_iter, near)
-    found = _newton_rounds(problem, tol, near)
-    objective, bound = problem.objective(found.v), problem.bound(found.v, found.multipliers)
-    if objective - bound <= tol * objective:
-        return replace(found, bound=bound)
-    more = _interior_rounds(problem, tol, max_iter, found)
-    return replace(more, steps=found.steps + more.steps)
+    """Squared loss, many rows: try the quick methods first, and take what can be proven."""
+    steps, start = 0, near
+    methods = (_newton_rounds, _interior_rounds, _at_once)
+    for method in methods[1:] if problem.q == np.inf else methods:
+        start = found = method(problem, tol, max_iter, start)
+        steps += found.steps
+        objective, bound = problem.objective(found.v), problem.bound(found.v, found.multipliers)
+        if objective - bound <= tol * objective:
+            break
+    return replace(found, steps=steps, bound=bound)
 
 
-def _newton_rounds(problem: Problem, tol: float, near: Found | None) -> Found:
+def _unsettled(problem: Problem, v: Array, residual: Array, sign: Array) -> NDArray[np.intp]:
+    """Return the rows whose residual has not kept its sign, or has come to nothing beside c."""
+    return np.flatnonzero((sign != 0) & (residual * sign <= BARELY * problem.size(v)))
+
+
+def _newton_rounds(problem: Problem, tol: float, max_iter: int, near: Found | None) -> Found:
     """Work on the rows of small residual, with the sign of the others settled, then check these."""
     design, y, weight = problem.design, problem.y, problem.weight
     n, m = design.rows, design.columns
@@ -351,17 +368,18 @@ def _newton_rounds(problem: Problem, tol: float, near: Found | None) -> Found:
     sigma = np.zeros(n)
     if near is not None and near.kinks is not None and near.corners is not None:
         sigma, state.corners.multiplier = near.kinks.copy(), near.corners.copy()
-    few = int(max(FEW * m, WINDOW * n)) > n / 2
-    part = np.arange(n) if few else _smallest(residual, int(max(FEW * m, WINDOW * n)))
+    window = _window(n, m)
+    few = window > n / 2
+    part = np.arange(n) if few else _smallest(residual, window)
     goal = EXACT * tol if few else ROUGH
     for _ in range(ROUNDS):
         sign, rest = _settled(problem, residual, part)
         kinks = Kinks(len(part))
         kinks.multiplier = sigma[part]
-        descend(problem.rows(part, rest), rest, state, kinks, goal, most=STEPS)
+        descend(problem.rows(part, rest), rest, state, kinks, goal, max_iter)
         residual = design.dot(state.v) - y
         sigma[part] = kinks.multiplier
-        wrong = np.flatnonzero(np.sign(residual) * sign < 0)
+        wrong = _unsettled(problem, state.v, residual, sign)
         if goal < ROUGH and not len(wrong):
             break
         if goal == ROUGH:
@@ -392,7 +410,7 @@ def _interior_rounds(problem: Problem, tol: float, max_iter: int, near: Found | 
     n, m = design.rows, design.columns
     v = _ridge(problem) if near is None else near.v
     residual = design.dot(v) - y
-    part = _smallest(residual, int(max(FEW * m, WINDOW * n)))
+    part = _smallest(residual, _window(n, m))
     steps, last = 0, tol / INSIDE
     goal, room = (max(ROUGH, last), FAR) if near is None else (last, NEAR)
     for _ in range(ROUNDS):
@@ -401,7 +419,7 @@ def _interior_rounds(problem: Problem, tol: float, max_iter: int, near: Found | 
         steps += found.steps
         v = found.v
         residual = design.dot(v) - y
-        wrong = np.flatnonzero(np.sign(residual) * sign < 0)
+        wrong = _unsettled(problem, v, residual, sign)
         if goal == last and not len(wrong):
             break
         before, room = part, NEAR
@@ -426,6 +444,11 @@ def _sums(problem: Problem) -> tuple[Array, Array, float]:
     return _once(problem, "sums", sums)
 
 
+def _window(n: int, m: int) -> int:
+    """Return how many rows the first round works on."""
+    return int(max(FEW * m, min(WINDOW * n, CAP)))
+
+
 def _smallest(residual: Array, count: int) -> NDArray[np.intp]:
     if count >= len(residual):
         return np.arange(len(residual))
@@ -436,7 +459,8 @@ def _ridge(problem: Problem) -> Array:
     """Ridge regression from the sums, its penalty that of c at its own solution."""
     gram, moment, square = _sums(problem)
     total, scale = float(problem.weight.sum()), problem.scale
-    shape = scale**2 * (float(np.trace(gram)) / len(gram))
+    costly = problem.penalised
+    shape = scale**2 * float((np.diag(gram)[costly] / scale[costly] ** 2).mean())
     ridge = 0.1
     for _ in range(2):
         matrix = gram.copy()
