@@ -1,6 +1,6 @@
 """The columns of a linear model, passed over in blocks of rows: centred, with an intercept."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,12 @@ FAR = 1.0  # a mean is taken off a column where it exceeds so many standard devi
 class Design:
     """(X − shift, 1): n rows, and m columns, the last for the intercept where there is one.
 
-    X is an array, a `numpy.memmap`, or a sparse matrix; only blocks of it are copied, so that X
-    may be larger than memory. Columns far from zero are centred: it changes the intercept alone.
+    X may be an array, a `numpy.memmap`, a sparse matrix, a `dask.array` (blocks of rows, worked on
+    where they lie) or a torch tensor on any device. Every pass is a sum, or a list, over blocks of
+    rows: what travels is the vector of columns and one number a row, in the first pass an
+    m × m matrix a block, and later the few rows that a solver asks for by `take`. Only blocks
+    are copied, so that X may be larger than memory. Columns far from zero are centred: it changes
+    the intercept alone.
     """
 
     def __init__(self, x: Any, *, intercept: bool) -> None:
@@ -24,74 +28,43 @@ class Design:
         self.columns = self.features + intercept
         self.shift = np.zeros(self.features)
         if intercept:
-            mean, square = self._moments()
-            spread = np.sqrt(np.maximum(square - mean**2, 0))
+            total, square = self._summed(_moments)
+            mean = total / self.rows
+            spread = np.sqrt(np.maximum(square / self.rows - mean**2, 0))
             self.shift = np.where(np.abs(mean) > FAR * spread, mean, 0.0)
-
-    def _moments(self) -> tuple[Array, Array]:
-        """Return mean and mean square of the columns."""
-        total, square = np.zeros(self.features), np.zeros(self.features)
-        for block in self._raw():
-            total += block[1].sum(0)
-            square += np.einsum("ij,ij->j", block[1], block[1])
-        return total / self.rows, square / self.rows
-
-    def _raw(self) -> Iterator[tuple[slice, Array]]:
-        step = max(1, BLOCK // max(1, self.features))
-        for start in range(0, self.rows, step):
-            part = slice(start, min(start + step, self.rows))
-            yield part, self._dense(self.x[part])
-
-    def _dense(self, part: Any) -> Array:
-        part = part.toarray() if hasattr(part, "toarray") else part
-        return np.asarray(part, dtype=np.float64)
-
-    def _blocks(self) -> Iterator[tuple[slice, Array]]:
-        centred = self.shift.any()
-        for part, block in self._raw():
-            yield part, block - self.shift if centred else block
 
     def gram(self, weight: Array, y: Array) -> tuple[Array, Array]:
         """Return XᵀΩX (m, m) and XᵀΩy (m,)."""
         d = self.features
-        gram, moment = np.zeros((self.columns, self.columns)), np.zeros(self.columns)
-        even = bool((weight == 1).all())
-        for part, block in self._blocks():
-            heavy = block if even else block * np.sqrt(weight[part])[:, None]
-            gram[:d, :d] += heavy.T @ heavy
-            moment[:d] += block.T @ (weight[part] * y[part])
-            if self.intercept:
-                gram[:d, d] += block.T @ weight[part]
-        if self.intercept:
-            gram[d, :d] = gram[:d, d]
-            gram[d, d], moment[d] = weight.sum(), weight @ y
-        return gram, moment
+        square, moment, mass = self._summed(_gram, weight, y)
+        if not self.intercept:
+            return square, moment
+        gram = np.empty((d + 1, d + 1))
+        gram[:d, :d], gram[:d, d], gram[d, :d], gram[d, d] = square, mass, mass, weight.sum()
+        return gram, np.append(moment, weight @ y)
 
     def dot(self, v: Array) -> Array:
         """X·v."""
-        d, z = self.features, np.empty(self.rows)
-        for part, block in self._blocks():
-            z[part] = block @ v[:d]
-        return z + v[d] if self.intercept else z
+        z = np.concatenate(list(self._each(_dot, w=v[: self.features])))
+        return z + v[-1] if self.intercept else z
 
     def tdot(self, s: Array) -> Array:
         """Xᵀ·s."""
-        d, total = self.features, np.zeros(self.columns)
-        for part, block in self._blocks():
-            total[:d] += block.T @ s[part]
-        if self.intercept:
-            total[d] = s.sum()
-        return total
+        (total,) = self._summed(_tdot, s)
+        return np.append(total, s.sum()) if self.intercept else total
 
     def take(self, rows: NDArray[np.intp] | None = None) -> Array:
-        """Return some rows (all by default) with all their columns."""
+        """Return some rows (all by default) with all their columns, in memory."""
         count = self.rows if rows is None else len(rows)
         taken = np.empty((count, self.columns))
         if rows is None:
-            for part, block in self._blocks():
-                taken[part, : self.features] = block
+            start = 0
+            for block in self._each(_itself):
+                taken[start : start + len(block), : self.features] = block
+                start += len(block)
         else:
-            taken[:, : self.features] = self._dense(self.x[rows])
+            part = self.x[rows]
+            taken[:, : self.features] = _numpy(part.compute() if _is_dask(part) else part)
             taken[:, : self.features] -= self.shift
         if self.intercept:
             taken[:, -1] = 1.0
@@ -102,3 +75,105 @@ class Design:
         if not self.intercept:
             return v.copy(), 0.0
         return v[:-1].copy(), float(v[-1] - self.shift @ v[:-1])
+
+    def _summed(self, task: Callable[..., Any], *along: Array) -> tuple[Array, ...]:
+        """Return the sums over the blocks of what a task returns."""
+        total: list[Array] | None = None
+        for parts in self._each(task, *along):
+            if total is None:
+                total = [np.array(part, dtype=np.float64) for part in parts]
+            else:
+                for so_far, part in zip(total, parts, strict=True):
+                    so_far += part
+        return tuple(total or ())
+
+    def _each(self, task: Callable[..., Any], *along: Array, w: Array | None = None) -> Any:
+        """Run task(block, the same rows of each of ``along``, w) on every block of rows."""
+        shift = self.shift if self.shift.any() else None
+        if _is_dask(self.x):
+            return _distributed(self.x, task, along, w, shift)
+        return (
+            _run(task, self.x[part], [a[part] for a in along], w, shift) for part in self._parts()
+        )
+
+    def _parts(self) -> Iterator[slice]:
+        step = max(1, BLOCK // max(1, self.features))
+        for start in range(0, self.rows, step):
+            yield slice(start, min(start + step, self.rows))
+
+
+def is_native(x: Any) -> bool:
+    """Tell what is worked on where it lies: dask arrays and torch tensors."""
+    return _is_dask(x) or hasattr(x, "new_tensor")
+
+
+def _is_dask(x: Any) -> bool:
+    return hasattr(x, "dask") and hasattr(x, "to_delayed")
+
+
+def _distributed(
+    x: Any, task: Callable[..., Any], along: tuple[Array, ...], w: Array | None, shift: Any
+) -> Any:
+    """Run a task on the blocks of a dask array, where they lie."""
+    import dask
+
+    x = x.rechunk({1: -1})
+    ends = np.cumsum(x.chunks[0])
+    parts = [slice(end - size, end) for end, size in zip(ends, x.chunks[0], strict=True)]
+    blocks = x.to_delayed().ravel()
+    run = dask.delayed(_run)
+    return dask.compute(
+        *(
+            run(task, block, [a[part] for a in along], w, shift)
+            for block, part in zip(blocks, parts, strict=True)
+        )
+    )
+
+
+def _run(
+    task: Callable[..., Any], block: Any, along: list[Array], w: Array | None, shift: Array | None
+) -> Any:
+    """Run a task on a block: numbers of the block's own kind go in, arrays of numpy come out."""
+    if hasattr(block, "toarray"):
+        block = block.toarray()
+    if hasattr(block, "new_tensor"):  # of torch: keep to its device
+        block = block.double()
+        given = [block.new_tensor(a) for a in (*along, *(() if w is None else (w,)))]
+        if shift is not None:
+            block = block - block.new_tensor(shift)
+    else:
+        block = np.asarray(block, dtype=np.float64)
+        given = [*along, *(() if w is None else (w,))]
+        if shift is not None:
+            block = block - shift
+    result = task(block, *given)
+    return tuple(map(_numpy, result)) if isinstance(result, tuple) else _numpy(result)
+
+
+def _numpy(values: Any) -> Array:
+    if hasattr(values, "toarray"):
+        values = values.toarray()
+    if hasattr(values, "detach"):
+        values = values.detach().cpu().numpy()
+    return np.asarray(values, dtype=np.float64)
+
+
+def _moments(block: Any) -> Any:
+    return block.sum(0), (block * block).sum(0)
+
+
+def _gram(block: Any, weight: Any, y: Any) -> Any:
+    heavy = block if bool((weight == 1).all()) else block * (weight**0.5)[:, None]
+    return heavy.T @ heavy, block.T @ (weight * y), block.T @ weight
+
+
+def _dot(block: Any, w: Any) -> Any:
+    return block @ w
+
+
+def _tdot(block: Any, s: Any) -> Any:
+    return (block.T @ s,)
+
+
+def _itself(block: Any) -> Any:
+    return block

@@ -262,10 +262,10 @@ def robust_comparison(
     Notes
     -----
     What favours ours: they train at the ε of the test, where RidgeCV chooses its penalty for the
-    error (a ridge whose penalty is chosen for the worst case comes within 0.005 of adversarial square
-    on clean diabetes data); and the standardisation knows the clean scale of y, in units of which
-    adversarial Huber has its threshold 1.35, where Huber and Tukey estimate theirs from corrupted
-    residuals.
+    error (a ridge whose penalty is chosen for the worst case comes within 0.005 of adversarial
+    square on clean diabetes data); and the standardisation knows the clean scale of y, in units of
+    which adversarial Huber has its threshold 1.35, where Huber and Tukey estimate a scale from
+    corrupted residuals.
 
     Examples
     --------

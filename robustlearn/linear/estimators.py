@@ -12,7 +12,7 @@ from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
 from robustlearn.errors import InputError
 from robustlearn.linear import _losses
-from robustlearn.linear._design import Design
+from robustlearn.linear._design import Design, is_native
 from robustlearn.linear._solve import Problem, Solution, solve
 from robustlearn.linear.closed_form import dual_norm, units
 
@@ -34,6 +34,8 @@ class _Adversarial(BaseEstimator):
         if not 0 < self.tol < 1:
             raise InputError(f"tol, the relative gap, lies between 0 and 1; got {self.tol!r}")
         design = Design(X, intercept=bool(self.fit_intercept))
+        if not np.isfinite(design.shift).all():
+            raise InputError("X holds NaN or infinity")
         scale = units(self.feature_scale, X.shape[1])
         scale = np.append(scale, np.zeros(design.columns - len(scale)))
         q = dual_norm(self.norm)
@@ -55,6 +57,37 @@ class _Adversarial(BaseEstimator):
                 stacklevel=4,
             )
         return solution
+
+
+def checked(estimator: Any, X: Any, y: Any, **options: Any) -> tuple[Any, NDArray[Any]]:
+    """Return X and y as scikit-learn has them; dask arrays and torch tensors stay where they are.
+
+    Of these NaN and infinity are found in the sums of the first pass.
+    """
+    if not is_native(X):
+        return validate_data(
+            estimator, X, y, accept_sparse="csr", dtype=[np.float64, np.float32], **options
+        )
+    if len(X.shape) != 2:
+        raise InputError(f"X has {len(X.shape)} dimensions; expected (samples, features)")
+    y = y.detach().cpu().numpy() if hasattr(y, "detach") else np.asarray(y)
+    if y.shape != (X.shape[0],):
+        raise InputError(f"X has {X.shape[0]} samples, y has shape {y.shape}")
+    if y.dtype.kind == "f" and not np.isfinite(y).all():
+        raise InputError("y holds NaN or infinity")
+    estimator.n_features_in_ = int(X.shape[1])
+    return X, y
+
+
+def scores(estimator: Any, X: Any, w: Array) -> Array:
+    """Return Xw, (n,)."""
+    if not is_native(X):
+        X = validate_data(
+            estimator, X, accept_sparse="csr", dtype=[np.float64, np.float32], reset=False
+        )
+    elif X.shape[1] != estimator.n_features_in_:
+        raise InputError(f"X has {X.shape[1]} features; expected {estimator.n_features_in_}")
+    return Design(X, intercept=False).dot(w)
 
 
 def weights(sample_weight: Any, n: int) -> Array:
@@ -160,9 +193,7 @@ class AdversarialRegressor(RegressorMixin, _Adversarial):
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "AdversarialRegressor":
         """Fit to X (n, d), dense or sparse, and y (n,); weights count samples."""
-        X, y = validate_data(
-            self, X, y, accept_sparse="csr", y_numeric=True, dtype=[np.float64, np.float32]
-        )
+        X, y = checked(self, X, y, y_numeric=True)
         y = np.asarray(y, dtype=np.float64)
         weight = weights(sample_weight, len(y))
         loss = _losses.get(self.loss, self.huber_threshold)
@@ -181,8 +212,7 @@ class AdversarialRegressor(RegressorMixin, _Adversarial):
     def predict(self, X: Any) -> Array:
         """Return wᵀx + b, (n,)."""
         check_is_fitted(self)
-        X = validate_data(self, X, accept_sparse="csr", dtype=[np.float64, np.float32], reset=False)
-        return np.asarray(X @ self.coef_ + self.intercept_)
+        return scores(self, X, self.coef_) + self.intercept_
 
 
 class AdversarialClassifier(ClassifierMixin, _Adversarial):
@@ -246,7 +276,7 @@ class AdversarialClassifier(ClassifierMixin, _Adversarial):
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "AdversarialClassifier":
         """Fit to X (n, d), dense or sparse, and labels y (n,); weights count samples."""
-        X, y = validate_data(self, X, y, accept_sparse="csr", dtype=[np.float64, np.float32])
+        X, y = checked(self, X, y)
         check_classification_targets(y)
         weight = weights(sample_weight, len(y))
         loss = _losses.get(self.loss)
@@ -269,12 +299,11 @@ class AdversarialClassifier(ClassifierMixin, _Adversarial):
     def decision_function(self, X: Any) -> Array:
         """Return wᵀx + b, (n,) for two classes, (n, K) for more."""
         check_is_fitted(self)
-        X = validate_data(self, X, accept_sparse="csr", dtype=[np.float64, np.float32], reset=False)
-        scores = np.asarray(X @ self.coef_.T + self.intercept_)
-        return scores[:, 0] if len(self.classes_) == 2 else scores
+        columns = np.stack([scores(self, X, w) for w in self.coef_], axis=1) + self.intercept_
+        return columns[:, 0] if len(self.classes_) == 2 else columns
 
     def predict(self, X: Any) -> NDArray[Any]:
         """Return the class of the largest score, (n,)."""
-        scores = self.decision_function(X)
-        index = (scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(1)
+        found = self.decision_function(X)
+        index = (found > 0).astype(int) if found.ndim == 1 else found.argmax(1)
         return self.classes_[index]
