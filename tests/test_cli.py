@@ -274,3 +274,50 @@ def test_the_demo_in_small(folder, capsys):
     assert network["attacked"]["value"] < network["clean"]["value"]
     for name in ("report.html", "samples.csv", "adversarial.npz"):
         assert (folder / "robustness-report" / name).is_file()
+
+
+def test_fit_linear_and_certify_what_it_saved(folder, capsys):
+    command = ["fit-linear", "--data", "t.csv", "--target", "t", "--eps", "1/20", "--norm", "linf"]
+    assert run([*command, "--loss", "huber", "--out", "m.skops"]) == 0
+    told = capsys.readouterr().out
+    assert "proven to within" in told
+    assert "least squares" in told
+    assert run([*command, "--json", "--relative", "--standardize"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["dual_gap"] <= 1e-8 * result["objective"]
+    assert result["eps"] == pytest.approx(result["eps_max"] / 20)
+    assert [row["model"] for row in result["comparison"]][:2] == [
+        "AdversarialRegressor",
+        "least squares",
+    ]
+    for row in result["comparison"]:
+        assert row["clean_error"] <= row["certified_error"]
+    certify = ["certify", "--model", "m.skops", "--data", "t.csv", "--target", "t", "--eps", "1/20"]
+    assert run([*certify, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["exact"]
+
+
+def test_fit_linear_on_classes(folder, capsys):
+    command = ["fit-linear", "--data", "iris", "--eps", "0.5", "--standardize"]
+    assert run([*command, "--loss", "hinge", "--out", "m.skops", "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+    assert run(["evaluate", "--model", "m.skops", "--data", "iris", "--eps", "0.1", "--json"]) == 0
+    bracket = json.loads(capsys.readouterr().out)["evaluations"][0]
+    assert bracket["certified"]["value"] <= bracket["attacked"]["value"]
+    assert run(command) == 2
+    assert "say --loss logistic" in capsys.readouterr().err
+
+
+def test_a_skops_file_with_foreign_types_is_refused(folder, capsys):
+    import skops.io
+
+    skops.io.dump({"model": Foreign()}, "foreign.skops")
+    assert run(["certify", "--model", "foreign.skops", "--data", "iris", "--eps", "0.1"]) == 2
+    assert "neither scikit-learn's nor ours" in capsys.readouterr().err
+    (folder / "broken.skops").write_bytes(b"nothing")
+    assert run(["certify", "--model", "broken.skops", "--data", "iris", "--eps", "0.1"]) == 2
+    assert "not a readable .skops file" in capsys.readouterr().err
+
+
+class Foreign:
+    """Neither scikit-learn's nor ours."""

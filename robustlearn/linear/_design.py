@@ -1,10 +1,13 @@
 """The columns of a linear model, passed over in blocks of rows: centred, with an intercept."""
 
+import mmap
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from robustlearn.errors import InputError
 
 Array = NDArray[np.float64]
 BLOCK = 2**22  # numbers held at a time
@@ -27,8 +30,11 @@ class Design:
         self.rows, self.features = x.shape
         self.columns = self.features + intercept
         self.shift = np.zeros(self.features)
-        if intercept:
+        if intercept or is_native(x):
             total, square = self._summed(_moments)
+            if not np.isfinite(square).all():
+                raise InputError("X holds NaN or infinity; drop or impute these samples")
+        if intercept:
             mean = total / self.rows
             spread = np.sqrt(np.maximum(square / self.rows - mean**2, 0))
             self.shift = np.where(np.abs(mean) > FAR * spread, mean, 0.0)
@@ -54,7 +60,7 @@ class Design:
         return np.append(total, s.sum()) if self.intercept else total
 
     def take(self, rows: NDArray[np.intp] | None = None) -> Array:
-        """Return some rows (all by default) with all their columns, in memory."""
+        """Return some rows (all by default), in their order, with all their columns."""
         count = self.rows if rows is None else len(rows)
         taken = np.empty((count, self.columns))
         if rows is None:
@@ -62,6 +68,11 @@ class Design:
             for block in self._each(_itself):
                 taken[start : start + len(block), : self.features] = block
                 start += len(block)
+        elif _is_mapped(self.x):
+            for part in self._parts():
+                first, last = np.searchsorted(rows, [part.start, part.stop])
+                near = _rows(self.x, part)[rows[first:last] - part.start]
+                taken[first:last, : self.features] = near - self.shift
         else:
             part = self.x[rows]
             taken[:, : self.features] = _numpy(part.compute() if _is_dask(part) else part)
@@ -93,7 +104,8 @@ class Design:
         if _is_dask(self.x):
             return _distributed(self.x, task, along, w, shift)
         return (
-            _run(task, self.x[part], [a[part] for a in along], w, shift) for part in self._parts()
+            _run(task, _rows(self.x, part), [a[part] for a in along], w, shift)
+            for part in self._parts()
         )
 
     def _parts(self) -> Iterator[slice]:
@@ -103,12 +115,26 @@ class Design:
 
 
 def is_native(x: Any) -> bool:
-    """Tell what is worked on where it lies: dask arrays and torch tensors."""
-    return _is_dask(x) or hasattr(x, "new_tensor")
+    """Tell what is worked on where it lies: dask arrays, torch tensors, and files in memory."""
+    return _is_dask(x) or hasattr(x, "new_tensor") or _is_mapped(x)
 
 
 def _is_dask(x: Any) -> bool:
     return hasattr(x, "dask") and hasattr(x, "to_delayed")
+
+
+def _is_mapped(x: Any) -> bool:
+    """Tell a whole `numpy.memmap` from arrays, and from parts of one."""
+    return isinstance(x, np.memmap) and isinstance(x.base, mmap.mmap) and x.flags.c_contiguous
+
+
+def _rows(x: Any, part: slice) -> Any:
+    """Return some rows; those of a file are mapped anew, so that they leave memory afterwards."""
+    if not _is_mapped(x):
+        return x[part]
+    start = x.offset + part.start * x.strides[0]
+    shape = (part.stop - part.start, *x.shape[1:])
+    return np.memmap(x.filename, dtype=x.dtype, mode="r", offset=start, shape=shape)
 
 
 def _distributed(

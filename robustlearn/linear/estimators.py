@@ -34,8 +34,6 @@ class _Adversarial(BaseEstimator):
         if not 0 < self.tol < 1:
             raise InputError(f"tol, the relative gap, lies between 0 and 1; got {self.tol!r}")
         design = Design(X, intercept=bool(self.fit_intercept))
-        if not np.isfinite(design.shift).all():
-            raise InputError("X holds NaN or infinity")
         scale = units(self.feature_scale, X.shape[1])
         scale = np.append(scale, np.zeros(design.columns - len(scale)))
         q = dual_norm(self.norm)
@@ -60,9 +58,9 @@ class _Adversarial(BaseEstimator):
 
 
 def checked(estimator: Any, X: Any, y: Any, **options: Any) -> tuple[Any, NDArray[Any]]:
-    """Return X and y as scikit-learn has them; dask arrays and torch tensors stay where they are.
+    """Return X and y as scikit-learn has them.
 
-    Of these NaN and infinity are found in the sums of the first pass.
+    Dask arrays, torch tensors and files stay where they are: their NaN is found by the first pass.
     """
     if not is_native(X):
         return validate_data(
