@@ -24,18 +24,22 @@ PACKAGES = (
     "foolbox",
     "adversarial-robustness-toolbox",
     "adv-lib",
+    "cvxpy",
+    "clarabel",
 )
 
 
-def arguments(description: str) -> argparse.Namespace:
-    """Parse --quick | --full, --out and --seed; every benchmark takes the same."""
+def arguments(description: str, *, tables: int = 0, threads: int = 2) -> argparse.Namespace:
+    """Parse --quick | --full, --out, --seed and --threads; --table where there are several."""
     parser = argparse.ArgumentParser(description=description)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="seconds: shows that it runs (default)")
     size.add_argument("--full", action="store_true", help="minutes: the figures that are quoted")
     parser.add_argument("--out", type=Path, help="CSV file for the raw rows")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=threads)
+    if tables:
+        parser.add_argument("--table", type=int, choices=range(1, tables + 1), help="only this one")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     return given

@@ -8,7 +8,7 @@ import torch
 from robustlearn.errors import InputError
 from robustlearn.linear import AdversarialClassifier, AdversarialRegressor, _design
 
-TIGHT = {"eps": 0.1, "relative": True, "tol": 1e-10}
+TIGHT = {"eps": 0.1, "relative": True, "tol": 1e-9}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_the_same_model_wherever_the_samples_lie(samples, tmp_path, kind, loss, 
     model = AdversarialRegressor(**options).fit(data, torch.as_tensor(y) if kind == "torch" else y)
     np.testing.assert_allclose(model.coef_, expected.coef_, rtol=0, atol=1e-8)
     assert model.intercept_ == pytest.approx(expected.intercept_, abs=1e-8)
-    assert model.dual_gap_ <= 1e-10 * model.objective_
+    assert model.dual_gap_ <= 1e-9 * model.objective_
     np.testing.assert_allclose(model.predict(data), expected.predict(x), rtol=0, atol=1e-7)
 
 

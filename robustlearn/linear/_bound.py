@@ -31,6 +31,7 @@ def lower_bound(
     loss: Loss,
     v: Array,
     multipliers: Array,
+    lifts: Array | None = None,
 ) -> float:
     """Return a lower bound of Σ ω·loss over all models.
 
@@ -39,6 +40,7 @@ def lower_bound(
     scale : (m,) D of each column, 0 where it costs nothing.
     v : (m,) about a minimum.
     multipliers : (n,) about ω·∂loss/∂z there.
+    lifts : (n,) about ω·∂loss/∂c there, the a; by default those of v.
     """
     costly = (scale > 0) & (eps > 0)
     p = {1.0: np.inf, 2.0: 2.0, np.inf: 1.0}[q]
@@ -51,17 +53,25 @@ def lower_bound(
         a = _feasible(design, y, weight, costly, scale, eps, p, loss.limit, -y * multipliers)
         return 0.0 if a is None else max(0.0, -float(weight @ loss.conjugate(a / weight)))
     s = _balanced(design, weight, np.flatnonzero(~costly), multipliers)
+    pulled = reach(s) * (1 + SLACK) if costly.any() else 0.0
     height = loss.height(design.dot(v), eps * float(np.linalg.norm(scale * v, q)), y)
-    a = np.maximum(weight * loss.slope(height), np.abs(s))
-    if costly.any():
-        missing = reach(s) * (1 + SLACK) - float(a.sum())
-        if missing > 0 and np.isinf(loss.limit):
-            a = a + weight * (missing / weight.sum())
-        elif missing > 0:
-            s = s * (a.sum() / (a.sum() + missing))
+    guesses = [weight * loss.slope(height)] + ([] if lifts is None else [lifts])
+    return max(_worth(loss, y, weight, s, a, pulled) for a in guesses)
+
+
+def _worth(loss: Loss, y: Array, weight: Array, s: Array, a: Array, pulled: float) -> float:
+    """Return the bound of s and an a that is first made to fit: |s| ≤ a and Σa ≥ pulled."""
+    a = np.maximum(a, np.abs(s))
+    missing = pulled - float(a.sum())
+    if missing > 0 and np.isinf(loss.limit):
+        a = a + weight * (missing / weight.sum())
+    elif missing > 0:
+        s = s * (a.sum() / pulled)
     # the conditions are homogeneous: take the best multiple
     drop, price = -float(s @ y), float(weight @ loss.conjugate(a / weight))
-    most = float((loss.limit * weight / a).min())
+    if drop <= 0:
+        return 0.0
+    most = loss.limit / float((a / weight).max())
     best = min(most, drop / (2 * price)) if price > 0 else most
     return max(0.0, best * drop - best**2 * price)
 

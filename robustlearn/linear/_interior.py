@@ -222,10 +222,11 @@ class Rows:
 
 @dataclass
 class Outcome:
-    """Columns v, the rows' multipliers by z, relative complementarity and residual, steps."""
+    """Columns v, multipliers by z and by c, relative complementarity and residual, steps."""
 
     v: Array
     dual: Array
+    lift: Array
     product: float
     residual: float
     steps: int
@@ -256,7 +257,7 @@ def minimise(
     by_z, by_c = heights.multipliers()
     kappa = float(by_c.sum()) + rows.gradient(by_z, z, v, size + margin)[1]
     c = ball.start(w, margin, kappa)
-    best = Outcome(v, np.zeros_like(z), np.inf, np.inf, 0)
+    best = Outcome(v, np.zeros_like(z), np.zeros_like(z), np.inf, np.inf, 0)
     first, lowest, stale = 0.0, np.inf, 0
     for step in range(max_iter + 1):
         z = rows.x @ v
@@ -267,7 +268,7 @@ def minimise(
         product = total / value
         error = _relative(residual, rows, v, c) / value
         first = value if step == 0 else first
-        now = Outcome(v, heights.multipliers()[0], product, error, step)
+        now = Outcome(v, *heights.multipliers(), product, error, step)
         gained = now.worst < 0.9 * best.worst or value < 0.9 * lowest
         stale, lowest = 0 if gained else stale + 1, min(value, lowest)
         if now.worst < best.worst or value <= tol * first:

@@ -33,6 +33,8 @@ BARELY = 1e-9  # of c: a residual so small has no sign
 class Found:
     """Columns v, multipliers of the rows, steps; the bound where it has been worked out.
 
+    ``lifts`` are the multipliers by c where the method has its own.
+
     ``kinks`` and ``corners`` are the multipliers of the kinks of |r| and of ‖D·v‖₁, for those who
     start near.
     """
@@ -41,6 +43,7 @@ class Found:
     multipliers: Array
     steps: int
     bound: float | None = None
+    lifts: Array | None = None
     kinks: Array | None = None
     corners: Array | None = None
 
@@ -115,7 +118,7 @@ class Problem:
         height = self.loss.height(self.design.dot(v), self.size(v), self.y)
         return float(self.weight @ self.loss.value(height))
 
-    def bound(self, v: Array, multipliers: Array) -> float:
+    def bound(self, v: Array, multipliers: Array, lifts: Array | None = None) -> float:
         """Return a proven lower bound of the least objective."""
         return lower_bound(
             self.design,
@@ -127,6 +130,7 @@ class Problem:
             self.loss,
             v,
             multipliers,
+            lifts,
         )
 
     def rows(self, part: NDArray[np.intp] | None = None, rest: Settled | None = None) -> Rows:
@@ -162,7 +166,7 @@ def solve(
         v = found.v
         if problem.loss.classifies and _left(problem, v) > 0:
             v = _widest(problem, v, tol)
-    bound = problem.bound(v, found.multipliers) if found.bound is None else found.bound
+    bound = problem.bound(v, found.multipliers, found.lifts) if found.bound is None else found.bound
     if problem.q == 1:
         v = _cleared(problem, v, tol)
     coef, intercept = problem.design.split(v)
@@ -255,7 +259,7 @@ def _at_once(problem: Problem, tol: float, max_iter: int, near: Found | None) ->
     """Work on all rows."""
     rows = problem.rows()
     found = minimise(rows, _start(problem, rows.x), tol=tol / INSIDE, max_iter=max_iter)
-    return Found(found.v, found.dual, found.steps)
+    return Found(found.v, found.dual, found.steps, lifts=found.lift)
 
 
 def _start(problem: Problem, x: Array) -> Array:
@@ -335,7 +339,7 @@ def _turned(problem: Problem, tol: float, max_iter: int, near: Found | None) -> 
     v = np.zeros(x.shape[1])
     v[penalised] = turn @ found.v[:k] / scale[penalised]
     v[free] = found.v[k:]
-    return Found(v, found.dual, found.steps)
+    return Found(v, found.dual, found.steps, lifts=found.lift)
 
 
 def _by_rounds(problem: Problem, tol: float, max_iter: int, near: Found | None) -> Found:
@@ -345,7 +349,10 @@ def _by_rounds(problem: Problem, tol: float, max_iter: int, near: Found | None) 
     for method in methods[1:] if problem.q == np.inf else methods:
         start = found = method(problem, tol, max_iter, start)
         steps += found.steps
-        objective, bound = problem.objective(found.v), problem.bound(found.v, found.multipliers)
+        objective, bound = (
+            problem.objective(found.v),
+            problem.bound(found.v, found.multipliers, found.lifts),
+        )
         if objective - bound <= tol * objective:
             break
     return replace(found, steps=steps, bound=bound)
