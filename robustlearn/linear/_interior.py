@@ -23,6 +23,7 @@ ALMOST = 0.995  # of the way to the boundary
 PROX = 1e-8  # of a column's own curvature is added: a proximal term bends the path, not its end
 AIM = 1e-3  # of the tolerance
 WAIT, LONG_WAIT = 1, 12  # steps without progress, below the tolerance and above
+WIDE = 2  # columns a row from which the matrix of the rows is the smaller work
 TRUST = 3.0  # change of the logarithm of a curvature that one step may bring
 PLAIN = 1e-3  # share of curvature above the quadratic's from which a row counts by itself
 
@@ -179,6 +180,18 @@ class Rows:
     cost: float | None = None  # if given c costs so much in the objective, and nothing in the rows
 
     @cached_property
+    def free(self) -> NDArray[np.intp]:
+        """The columns that are not penalised."""
+        return np.setdiff1d(np.arange(self.x.shape[1]), self.penalised)
+
+    @cached_property
+    def worth(self) -> Array:
+        """What a unit of residual in a free column changes in Σ s·y when it is taken off."""
+        x = self.x[:, self.free]
+        square = np.einsum("ij,ij,i->j", x, x, self.weight)
+        return np.abs(x).T @ (self.weight * np.abs(self.y)) / np.where(square > 0, square, 1)
+
+    @cached_property
     def scale(self) -> Array:
         """The diagonal of XᵀΩX."""
         if self.rest is not None:
@@ -266,7 +279,7 @@ def minimise(
         value = rows.value(heights.e, z, v, c)
         total = heights.product() + ball.product()
         product = total / value
-        error = _relative(residual, rows, v, c) / value
+        error = _loss_of_bound(residual, rows, c) / value
         first = value if step == 0 else first
         now = Outcome(v, *heights.multipliers(), product, error, step)
         gained = now.worst < 0.9 * best.worst or value < 0.9 * lowest
@@ -293,11 +306,11 @@ def minimise(
     return replace(best, steps=step)
 
 
-def _relative(residual: Array, rows: Rows, v: Array, c: float) -> float:
+def _loss_of_bound(residual: Array, rows: Rows, c: float) -> float:
     """Return about what the residual of stationarity takes from the bound."""
     penalised = np.abs(residual[rows.penalised] / rows.units).max(initial=0.0)
-    free = np.delete(residual * v, rows.penalised)
-    return float(penalised * c + np.abs(free).max(initial=0.0))
+    free = np.abs(residual[rows.free]) * rows.worth
+    return float(penalised * c + free.sum())
 
 
 def _step(
@@ -316,7 +329,7 @@ def _step(
     block = ball.block()
     tilt, lift = np.zeros(m), np.zeros(m)
     tilt[rows.penalised], lift[rows.penalised] = block.tilt, block.lift
-    twin = len(rows.penalised) > len(rows.y) and rows.rest is None and block.outer is None
+    twin = len(rows.penalised) > WIDE * len(rows.y) and rows.rest is None and block.outer is None
     solve = (_twin if twin else _dense)(rows, zz, lean, tilt, lift, corner, block)
     level: float | None = None
     for predicting in (True, False):
