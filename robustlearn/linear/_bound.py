@@ -19,6 +19,9 @@ from robustlearn.linear._losses import Loss
 
 Array = NDArray[np.float64]
 SLACK = 1e-14  # relative room for the rounding of the sums
+NEARLY = 1e-6  # relative distance from binding that counts as binding
+BEYOND = 1e-13  # how far a condition is taken beyond its edge
+TRIES = 8
 
 
 def lower_bound(
@@ -105,27 +108,44 @@ def _feasible(
 ) -> Array | None:
     """Return 0 ≤ a ≤ limit·ω near the given one that meets the conditions, or None.
 
-    What is too much of Xᵀ(y·a) is taken off by least squares, in the rows' own room.
+    The conditions that bind, or nearly so, are met as equations by least squares, in the room
+    that the rows have.
     """
     top = limit * weight
     a = np.clip(a, 0.0, top)
-    for _ in range(6):
-        pull, allowed = design.tdot(y * a), eps * float(a.sum()) * (1 - SLACK)
-        size = float(np.linalg.norm(pull[costly] / scale[costly], p)) if costly.any() else 0.0
-        wanted = pull * min(1.0, allowed / size if size > 0 else 1.0)
-        wanted[~costly] = 0.0
-        free = np.abs(pull[~costly]).max(initial=0.0)
-        if size <= allowed and free <= 1e-12 * float(a.sum()) * (1 + np.abs(pull).max()):
+    signed = design.take() * y[:, None]  # Xᵀ(y·a) = signedᵀa
+    free = signed[:, ~costly]
+    reached = signed[:, costly] / scale[costly]
+    sizes = np.abs(free).sum(0)
+    for _ in range(TRIES):
+        pull, unpaid, allowed = a @ reached, a @ free, eps * float(a.sum()) * (1 - SLACK)
+        over = float(np.linalg.norm(pull, p)) - allowed if costly.any() else 0.0
+        if over <= 0 and (np.abs(unpaid) <= SLACK * sizes * a.max(initial=0.0)).all():
             return a
-        room = np.minimum(a, top - a)
-        wanted[costly] *= 1 - 1e-13
-        if design.rows >= design.columns:
-            matrix, _ = design.gram(room, np.zeros_like(a))
-            step = np.linalg.lstsq(matrix, wanted - pull, rcond=None)[0]
-            change = room * design.dot(np.asarray(step, dtype=np.float64))
-        else:
-            root = np.sqrt(room)
-            heavy = (design.take() * root[:, None]).T
-            change = root * np.linalg.lstsq(heavy, wanted - pull, rcond=None)[0]
-        a = np.clip(a + y * change, 0.0, top)
+        binding, gap = _binding(reached, pull, allowed, eps, p) if costly.any() else (None, None)
+        matrix = free if binding is None else np.column_stack([free, binding])
+        wanted = -unpaid if gap is None else np.append(-unpaid, gap)
+        root = np.sqrt(np.minimum(a, top - a))
+        change = root * np.linalg.lstsq((matrix * root[:, None]).T, wanted, rcond=None)[0]
+        a = np.clip(a + change, 0.0, top)
     return None
+
+
+def _binding(
+    reached: Array, pull: Array, allowed: float, eps: float, p: float
+) -> tuple[Array, Array]:
+    """Return the gradients (n, k) of the conditions that bind, and what they must change by.
+
+    p = ∞: |pullⱼ| − ε·Σa for the largest; p = 2: their norm; p = 1: the sum of those that are not
+    next to nothing, and the others, which must be nothing.
+    """
+    sign, size = np.sign(pull), np.abs(pull)
+    if p == 2:
+        one = reached @ (pull / np.linalg.norm(pull)) - eps
+        return one[:, None], np.array([allowed - np.linalg.norm(pull)]) - BEYOND * allowed
+    large = size >= (1 - NEARLY) * size.max() if np.isinf(p) else size > NEARLY * size.max()
+    if np.isinf(p):
+        return reached[:, large] * sign[large] - eps, allowed - size[large] - BEYOND * allowed
+    whole = reached[:, large] @ sign[large] - eps
+    gap = allowed - size[large].sum() - BEYOND * allowed
+    return np.column_stack([whole, reached[:, ~large]]), np.append(gap, -pull[~large])

@@ -22,9 +22,9 @@ Solve = Callable[[Array], Array]
 ALMOST = 0.995  # of the way to the boundary
 PROX = 1e-8  # of a column's own curvature is added: a proximal term bends the path, not its end
 AIM = 1e-3  # of the tolerance
-WAIT, LONG_WAIT = 1, 12  # steps without progress, below the tolerance and above
+WAIT, LONG_WAIT = 1, 40  # steps without progress, below the tolerance and above
 WIDE = 2  # columns a row from which the matrix of the rows is the smaller work
-TRUST = 3.0  # change of the logarithm of a curvature that one step may bring
+TRUST = 2.0  # how much more than foreseen a smooth loss may bend along a step
 PLAIN = 1e-3  # share of curvature above the quadratic's from which a row counts by itself
 
 
@@ -118,10 +118,23 @@ class Heights:
             self.relief.move(do, self.relief_aim)
 
     def reach(self) -> float:
-        """Return how often the step fits: into the floors, or into the range of its curvature."""
+        """Return how often the step fits: into the floors, or into what its curvature foresaw."""
         if self.loss.smooth:
-            return TRUST / max(float(np.abs(self.de).max()), 1e-300)
+            return self._foreseen()
         return min(self.pair.reach(), self.relief.reach() if self._knee else np.inf)
+
+    def _foreseen(self) -> float:
+        """Halve a step until the loss bends no more than TRUST times as much as foreseen."""
+        loss, e, de = self.loss, self.e, self.de
+        now, slope = float(self.weight @ loss.value(e)), float(self.weight @ (loss.slope(e) * de))
+        bend = 0.5 * float(self.weight @ (loss.curvature(e) * de**2))
+        length = 1.0 / ALMOST
+        for _ in range(30):
+            then = float(self.weight @ loss.value(e + length * de))
+            if then - now - length * slope <= TRUST * length**2 * bend + 1e-14 * now:
+                break
+            length *= 0.5
+        return length
 
     def product(self, length: float = 0.0) -> float:
         """Slack times multiplier after that part of the step."""
@@ -348,8 +361,10 @@ def _step(
         length = min(1.0, heights.reach(), ball.reach())
         if predicting:
             left = heights.product(length) + ball.product(length)
-            aim = max(min((left / total) ** 3, 0.5) * total, least)
-            level = aim / (heights.degree() + ball.degree())
+            count = heights.degree() + ball.degree()
+            if count == 0:
+                break
+            level = max(min((left / total) ** 3, 0.5) * total, least) / count
     return dv, dc, min(1.0, ALMOST * min(heights.reach(), ball.reach()))
 
 
@@ -402,9 +417,11 @@ def _twin(
     penalised, m = rows.penalised, len(tilt)
     free = np.setdiff1d(np.arange(m + 1), penalised)
     wide = rows.x[:, penalised]
-    if np.any(lift):
-        wide = wide + np.outer(lean, lift[penalised])
     columns = np.column_stack([rows.x, lean + rows.x @ tilt])[:, free]
+    if np.any(lift):  # dc = c' + liftᵀdw, also where it counts by itself: as one more row
+        wide = np.vstack([wide + np.outer(lean, lift[penalised]), lift[penalised]])
+        columns = np.vstack([columns, np.eye(len(free))[-1]])
+        zz, corner = np.append(zz, max(corner, 1e-300)), 0.0
     corners = np.diag([*np.zeros(len(free) - 1), corner + block.corner])
     load = block.diagonal + PROX * rows.scale[penalised]
     scaled = wide / load

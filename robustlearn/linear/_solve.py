@@ -166,6 +166,8 @@ def solve(
         v = found.v
         if problem.loss.classifies and _left(problem, v) > 0:
             v = _widest(problem, v, tol)
+        if problem.objective(v) > start * total:  # it got nowhere: better no feature at all
+            v = without(problem)[0]
     bound = problem.bound(v, found.multipliers, found.lifts) if found.bound is None else found.bound
     if problem.q == 1:
         v = _cleared(problem, v, tol)
@@ -258,7 +260,9 @@ def _least_squares(problem: Problem, tol: float, max_iter: int, near: Found | No
 def _at_once(problem: Problem, tol: float, max_iter: int, near: Found | None) -> Found:
     """Work on all rows."""
     rows = problem.rows()
-    found = minimise(rows, _start(problem, rows.x), tol=tol / INSIDE, max_iter=max_iter)
+    found = minimise(
+        rows, _calm(problem, rows, _start(problem, rows.x)), tol=tol / INSIDE, max_iter=max_iter
+    )
     return Found(found.v, found.dual, found.steps, lifts=found.lift)
 
 
@@ -274,6 +278,13 @@ def _start(problem: Problem, x: Array) -> Array:
     scaled = x / ridge
     kernel = scaled @ x.T + np.diag(1 / problem.weight)
     return scaled.T @ sla.solve(kernel, problem.y, assume_a="pos")
+
+
+def _calm(problem: Problem, rows: Rows, v: Array) -> Array:
+    """Return a start whose scores and c are no larger than the labels ±1."""
+    if not problem.loss.classifies:
+        return v
+    return v / max(1.0, float(np.sqrt(np.mean((rows.x @ v) ** 2))), problem.size(v))
 
 
 def _widest(problem: Problem, v: Array, tol: float) -> Array:
