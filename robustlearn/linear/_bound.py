@@ -19,6 +19,7 @@ from robustlearn.linear._losses import Loss
 
 Array = NDArray[np.float64]
 SLACK = 1e-14  # relative room for the rounding of the sums
+NOISE = 1e-10  # share of the multipliers below which their balanced part is rounding
 NEARLY = 1e-6  # relative distance from binding that counts as binding
 BEYOND = 1e-13  # how far a condition is taken beyond its edge
 TRIES = 8
@@ -56,6 +57,8 @@ def lower_bound(
         a = _feasible(design, y, weight, costly, scale, eps, p, loss.limit, -y * multipliers)
         return 0.0 if a is None else max(0.0, -float(weight @ loss.conjugate(a / weight)))
     s = _balanced(design, weight, np.flatnonzero(~costly), multipliers)
+    if np.abs(s).sum() <= NOISE * np.abs(multipliers).sum():
+        return 0.0  # rounding is all that is left of them
     pulled = reach(s) * (1 + SLACK) if costly.any() else 0.0
     height = loss.height(design.dot(v), eps * float(np.linalg.norm(scale * v, q)), y)
     guesses = [weight * loss.slope(height)] + ([] if lifts is None else [lifts])
@@ -122,9 +125,10 @@ def _feasible(
         over = float(np.linalg.norm(pull, p)) - allowed if costly.any() else 0.0
         if over <= 0 and (np.abs(unpaid) <= SLACK * sizes * a.max(initial=0.0)).all():
             return a
-        binding, gap = _binding(reached, pull, allowed, eps, p) if costly.any() else (None, None)
-        matrix = free if binding is None else np.column_stack([free, binding])
-        wanted = -unpaid if gap is None else np.append(-unpaid, gap)
+        matrix, wanted = free, -unpaid
+        if costly.any() and over > -NEARLY * allowed:
+            binding, gap = _binding(reached, pull, allowed, eps, p)
+            matrix, wanted = np.column_stack([free, binding]), np.append(-unpaid, gap)
         root = np.sqrt(np.minimum(a, top - a))
         change = root * np.linalg.lstsq((matrix * root[:, None]).T, wanted, rcond=None)[0]
         a = np.clip(a + change, 0.0, top)

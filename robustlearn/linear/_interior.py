@@ -206,10 +206,12 @@ class Rows:
 
     @cached_property
     def scale(self) -> Array:
-        """The diagonal of XᵀΩX."""
+        """The diagonal of XᵀΩX, 1 for columns of zeros."""
         if self.rest is not None:
-            return np.diag(self.rest.gram)
-        return np.einsum("ij,ij,i->j", self.x, self.x, self.weight)
+            square = np.diag(self.rest.gram)
+        else:
+            square = np.einsum("ij,ij,i->j", self.x, self.x, self.weight)
+        return np.where(square > 0, square, 1.0)
 
     def gradient(self, by_z: Array, z: Array, v: Array, c: float) -> tuple[Array, float]:
         """Return the derivatives by v and c that belong to multipliers by z."""
@@ -292,7 +294,8 @@ def minimise(
         value = rows.value(heights.e, z, v, c)
         total = heights.product() + ball.product()
         product = total / value
-        error = _loss_of_bound(residual, rows, c) / value
+        lever = float(heights.multipliers()[1].sum())  # what a unit of c costs
+        error = _loss_of_bound(residual, rows, max(c, value / max(lever, 1e-300))) / value
         first = value if step == 0 else first
         now = Outcome(v, *heights.multipliers(), product, error, step)
         gained = now.worst < 0.9 * best.worst or value < 0.9 * lowest
@@ -319,11 +322,11 @@ def minimise(
     return replace(best, steps=step)
 
 
-def _loss_of_bound(residual: Array, rows: Rows, c: float) -> float:
-    """Return about what the residual of stationarity takes from the bound."""
+def _loss_of_bound(residual: Array, rows: Rows, height: float) -> float:
+    """Return about what the residual of stationarity takes from the bound, at a typical height."""
     penalised = np.abs(residual[rows.penalised] / rows.units).max(initial=0.0)
     free = np.abs(residual[rows.free]) * rows.worth
-    return float(penalised * c + free.sum())
+    return float(penalised * height + free.sum())
 
 
 def _step(

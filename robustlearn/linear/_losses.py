@@ -7,6 +7,7 @@ the solver as ψ(e) at the least *height* e above affine functions of (z, c), it
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 from numpy.typing import NDArray
@@ -127,7 +128,7 @@ class Huber(Loss):
     """H_k(|z − y| + c), H_k(t) = t²/2 up to t = k, k·t − k²/2 beyond."""
 
     def __init__(self, knee: float) -> None:
-        if not knee > 0:
+        if not (isinstance(knee, Real) and 0 < float(knee) < np.inf):
             raise InputError(f"the threshold of the Huber loss must be positive; got {knee}")
         self.knee = self.limit = float(knee)
 
@@ -235,6 +236,6 @@ def get(name: str, knee: float = 1.35) -> Loss:
         "hinge": Hinge,
         "squared_hinge": SquaredHinge,
     }
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise InputError(f"loss must be one of {', '.join(known)}; got {name!r}")
     return known[name]()

@@ -164,11 +164,13 @@ def solve(
     if problem.eps < eps_max:
         found = _method(problem)(problem, tol, max_iter, near)
         v = found.v
-        if problem.loss.classifies and _left(problem, v) > 0:
+        reached = bool((problem.scale > 0).any())
+        if problem.loss.classifies and reached and _left(problem, v) > 0:
             v = _widest(problem, v, tol)
-        if problem.objective(v) > start * total:  # it got nowhere: better no feature at all
-            v = without(problem)[0]
     bound = problem.bound(v, found.multipliers, found.lifts) if found.bound is None else found.bound
+    if problem.objective(v) >= start * total:  # nothing gained: no feature at all, with its proof
+        v, multipliers, _ = without(problem)
+        bound = max(bound, problem.bound(v, multipliers))
     if problem.q == 1:
         v = _cleared(problem, v, tol)
     coef, intercept = problem.design.split(v)
@@ -274,16 +276,31 @@ def _start(problem: Problem, x: Array) -> Array:
     ridge[problem.penalised] *= 1e8
     ridge[ridge == 0] = 1.0  # columns of zeros
     if m <= n:
-        return sla.solve(heavy.T @ x + np.diag(ridge), heavy.T @ problem.y, assume_a="pos")
+        return _definite(heavy.T @ x + np.diag(ridge), heavy.T @ problem.y)
     scaled = x / ridge
     kernel = scaled @ x.T + np.diag(1 / problem.weight)
-    return scaled.T @ sla.solve(kernel, problem.y, assume_a="pos")
+    return scaled.T @ _definite(kernel, problem.y)
+
+
+def _definite(matrix: Array, right: Array) -> Array:
+    """Solve with a positive definite matrix, whatever the sizes of its columns."""
+    size = np.sqrt(np.diag(matrix))
+    factor = sla.cho_factor(matrix / size[:, None] / size, overwrite_a=True, check_finite=False)
+    return sla.cho_solve(factor, right / size, check_finite=False) / size
 
 
 def _calm(problem: Problem, rows: Rows, v: Array) -> Array:
-    """Return a start whose scores and c are no larger than the labels ±1."""
-    if not problem.loss.classifies:
+    """Return a start on the way from the best model without features, c no larger than its losses.
+
+    In classification the scores and c are no larger than the labels ±1.
+    """
+    if len(problem.penalised) == 0:
         return v
+    if not problem.loss.classifies:
+        still = without(problem)[0]
+        height = problem.loss.height(rows.x @ still, 0.0, problem.y)
+        way = min(1.0, float(np.mean(height)) / max(problem.size(v), 1e-300))
+        return still + way * (v - still)
     return v / max(1.0, float(np.sqrt(np.mean((rows.x @ v) ** 2))), problem.size(v))
 
 
@@ -293,14 +310,14 @@ def _widest(problem: Problem, v: Array, tol: float) -> Array:
     min ‖D·w‖_q subject to y·z ≥ 1. It makes the hinge losses 0, and is the direction in which the
     logistic loss has its infimum 0; there it is taken so far that the loss is ``tol`` at most.
     """
-    rows = replace(problem.rows(), loss=Hinge(), cost=1.0)
-    # a price of 10/ε on violations is exact: multipliers cannot exceed ‖D·w‖_q ≤ 1/ε
-    rows = replace(
-        rows, units=rows.units / problem.eps, weight=np.full(len(rows.y), 10 / problem.eps)
-    )
-    found = minimise(rows, v / problem.size(v) * problem.eps, tol=1e-12)
+    problem, attacked = replace(problem, eps=1.0), problem
+    v = v / (problem.y * problem.design.dot(v)).min()
+    # multipliers cannot exceed the least ‖D·w‖_q, so that this price on violations is exact
+    price = np.full(len(problem.y), 10 * problem.size(v))
+    rows = replace(problem.rows(), loss=Hinge(), cost=1.0, weight=price)
+    found = minimise(rows, v, tol=1e-12)
     wide = _on_the_margin(problem, rows, found) if problem.q == 2 else found.v
-    left = _left(problem, wide)
+    left = _left(attacked, wide)
     if left <= 0:
         return v
     return wide * (np.log(2 / tol) if problem.loss.smooth else 1.0) / left
@@ -345,7 +362,7 @@ def _turned(problem: Problem, tol: float, max_iter: int, near: Found | None) -> 
     ridge = 0.1 * float(np.einsum("ij,ij->", lower, lower)) / k
     gram = lower.T @ lower
     gram[np.diag_indices(k)] += ridge
-    start[:k] = lower @ sla.solve(gram, problem.y, assume_a="pos") if len(lower) == k else 0.0
+    start[:k] = lower @ _definite(gram, problem.y) if len(lower) == k else 0.0
     found = minimise(rows, start, tol=tol / INSIDE, max_iter=max_iter)
     v = np.zeros(x.shape[1])
     v[penalised] = turn @ found.v[:k] / scale[penalised]
@@ -483,7 +500,7 @@ def _ridge(problem: Problem) -> Array:
     for _ in range(2):
         matrix = gram.copy()
         matrix[np.diag_indices(len(gram))] += ridge * shape + 1e-12 * np.diag(gram)
-        v = sla.solve(matrix, moment, assume_a="pos", check_finite=False)
+        v = _definite(matrix, moment)
         fit = max(float(v @ (gram @ v) - 2 * moment @ v) + square, 1e-12 * square)
         c, bent = problem.size(v), float(shape @ v**2)
         new = c * (0.8 * np.sqrt(total * fit) + total * c) / max(bent, 1e-300)

@@ -1,5 +1,6 @@
 """What the worst input of a linear model is, what it costs, and where training changes its kind."""
 
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -88,7 +89,7 @@ def worst_case_loss(
     chosen = _losses.get(loss, huber_threshold)
     if chosen.classifies and not np.isin(y, (-1, 1)).all():
         raise InputError(f"the labels of the {loss} loss are −1 and 1")
-    c = _budget(eps) * float(np.linalg.norm(units(feature_scale, len(w)) * w, dual_norm(norm)))
+    c = budget(eps) * float(np.linalg.norm(units(feature_scale, len(w)) * w, dual_norm(norm)))
     return chosen.value(chosen.height(X @ w + b, c, y))
 
 
@@ -134,7 +135,7 @@ def worst_case_input(
         first = int(np.argmax(np.abs(reach)))
         best[first] = np.sign(reach[first])
     sign = -y if classification else np.where(X @ w + b - y >= 0, 1.0, -1.0)
-    return X + _budget(eps) * sign[:, None] * (scale * best)
+    return X + budget(eps) * sign[:, None] * (scale * best)
 
 
 def certified_radius(estimator: Any, X: Any, norm: Any = 2, *, feature_scale: Any = None) -> Array:
@@ -203,7 +204,7 @@ def eps_max(
     if (scale == 0).any():
         raise InputError("eps_max needs features that can change: feature_scale holds zeros")
     if fit_intercept:
-        y = y - y.mean()
+        X, y = X - X.mean(0), y - y.mean()
     total = float(np.abs(y).sum())
     if total == 0:
         return 0.0
@@ -229,17 +230,18 @@ def interpolation_threshold(X: Any, y: Any, norm: Any = 2, *, fit_intercept: boo
         return 0.0
     if np.abs(y - (y.mean() if fit_intercept else 0.0)).max() == 0:
         return np.inf
+    if fit_intercept:
+        X, y = X - X.mean(0), y - y.mean()
+    size = float(np.abs(X).max())
+    X, y = X / size, y / np.abs(y).max()
     alpha = (
         _least_euclidean(X, y, fit_intercept) if q == 2 else _least_linear(X, y, q, fit_intercept)
     )
-    return 1 / (len(y) * alpha)
+    return size / (len(y) * alpha)
 
 
 def _least_euclidean(X: Array, y: Array, intercept: bool) -> float:
     """min ‖α‖_∞ over the dual optima for p = 2: one solution, and the null space of Xᵀ."""
-    if intercept:  # Σα = 0 is one more column, without a norm
-        centre = np.eye(len(y)) - 1 / len(y)
-        X, y = centre @ X, centre @ y
     w = np.linalg.lstsq(X, y, rcond=None)[0]
     # Xᵀα = w/‖w‖: the optima differ by the null space of Xᵀ
     return _smallest_peak(X.T, w / np.linalg.norm(w), intercept)
@@ -252,7 +254,7 @@ def _smallest_peak(matrix: Array, right: Array, balanced: bool) -> float:
         matrix, right = np.vstack([matrix, np.ones(n)]), np.append(right, 0.0)
     size = np.abs(np.linalg.lstsq(matrix, right, rcond=None)[0]).max()
     turned, _, _ = np.linalg.svd(matrix, full_matrices=False)
-    rank = np.linalg.matrix_rank(matrix)
+    rank = np.linalg.matrix_rank(matrix, rtol=1e-10)
     equal, value = turned[:, :rank].T @ matrix, turned[:, :rank].T @ right / size
     both = np.eye(n)
     found = linprog(
@@ -321,7 +323,8 @@ def _samples(X: Any, y: Any, w: Any) -> tuple[Array, Array, Array]:
     return X, y, w
 
 
-def _budget(eps: float) -> float:
-    if not 0 <= eps < np.inf:
+def budget(eps: Any) -> float:
+    """Return eps as a number, checked."""
+    if isinstance(eps, bool) or not isinstance(eps, Real) or not 0 <= float(eps) < np.inf:
         raise InputError(f"eps must be finite and not negative; got {eps!r}")
     return float(eps)

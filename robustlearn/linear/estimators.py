@@ -1,6 +1,7 @@
 """Linear models trained for the worst case, as scikit-learn estimators with a certified gap."""
 
 import warnings
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from robustlearn.errors import InputError
 from robustlearn.linear import _losses
 from robustlearn.linear._design import Design, is_native
 from robustlearn.linear._solve import Problem, Solution, solve
-from robustlearn.linear.closed_form import dual_norm, units
+from robustlearn.linear.closed_form import budget, dual_norm, units
 
 Array = NDArray[np.float64]
 
@@ -29,15 +30,16 @@ class _Adversarial(BaseEstimator):
 
     def _problem(self, X: Any, y: Array, weight: Array, loss: Any) -> Problem:
         """Return the problem at eps, which may be relative to eps_max."""
-        if isinstance(self.eps, bool) or not 0 <= self.eps < np.inf:
-            raise InputError(f"eps must be finite and not negative; got {self.eps!r}")
-        if not 0 < self.tol < 1:
+        eps = budget(self.eps)
+        if not (isinstance(self.tol, Real) and 0 < float(self.tol) < 1):
             raise InputError(f"tol, the relative gap, lies between 0 and 1; got {self.tol!r}")
+        if not (isinstance(self.max_iter, Integral) and int(self.max_iter) >= 1):
+            raise InputError(f"max_iter must be a whole number from 1 up; got {self.max_iter!r}")
         design = Design(X, intercept=bool(self.fit_intercept))
         scale = units(self.feature_scale, X.shape[1])
         scale = np.append(scale, np.zeros(design.columns - len(scale)))
         q = dual_norm(self.norm)
-        return Problem(design, y, weight, scale, float(self.eps), q, loss, relative=self.relative)
+        return Problem(design, y, weight, scale, eps, q, loss, relative=self.relative)
 
     def _solved(self, problem: Problem) -> Solution:
         solution = solve(problem, tol=self.tol, max_iter=self.max_iter)
@@ -92,8 +94,8 @@ def weights(sample_weight: Any, n: int) -> Array:
     """Return the weights of n samples, checked."""
     if sample_weight is None:
         return np.ones(n)
-    if np.isscalar(sample_weight):
-        return np.full(n, float(sample_weight))  # type: ignore[arg-type]
+    if isinstance(sample_weight, Real):
+        sample_weight = np.full(n, float(sample_weight))
     weight = check_array(
         sample_weight, ensure_2d=False, dtype=np.float64, input_name="sample_weight"
     )
