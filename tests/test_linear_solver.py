@@ -69,11 +69,17 @@ def options(kind, shape, seed=0):
     return {"weight": weight if weighted else None, "scale": scale if frozen else None}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", SHAPES, ids=["tall", "wide"])
-@pytest.mark.parametrize("intercept", [True, False])
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("loss", LOSSES)
+def unsolved(case):
+    """Say what is known to fail, and why."""
+    loss, _, intercept, shape, kind = case
+    short = (loss, intercept, shape, kind) == ("hinge", False, SHAPES[1], "no attack")
+    return "the gap ends at 1.5e-8 of the objective, above tol" if short else None
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "intercept", "shape", "kind"),
+    oracles.cases(LOSSES, NORMS, [True, False], SHAPES, KINDS, broken=unsolved),
+)
 def test_the_minimum_is_that_of_cvxpy_and_is_proven(loss, norm, intercept, shape, kind):
     x, y = data(loss, shape, seed=1)
     more = {"intercept": intercept, **options(kind, shape)}
@@ -84,7 +90,7 @@ def test_the_minimum_is_that_of_cvxpy_and_is_proven(loss, norm, intercept, shape
     size = 1e-6 * max(found[2], 1e-2 * solution.start)
     assert solution.objective == pytest.approx(found[2], abs=size)
     assert solution.bound <= found[2] + 1e-9
-    assert solution.gap <= max(2e-8 * solution.objective, 1e-12 * solution.start)
+    assert solution.gap <= max(1e-8 * solution.objective, 1e-12 * solution.start)
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -362,6 +368,62 @@ def test_hard_data_without_an_attack(loss, kind):
         solution = solve(problem(x, y, eps, norm, loss, scale=scale))
         assert solution.objective <= solution.start * (1 + 1e-9)
         assert solution.gap <= 1e-6 * solution.objective
+
+
+def far_off(case):
+    loss, relative = case
+    slow = relative == 0 and loss != "squared"
+    return "PROX is 1e-8 of a column's square, more than the columns' differences" if slow else None
+
+
+@pytest.mark.parametrize(
+    ("loss", "relative"), oracles.cases(LOSSES, [0.0, 0.1, 0.7], broken=far_off)
+)
+def test_columns_far_from_zero_without_an_intercept(loss, relative):
+    x, y = data(loss, (30, 6))
+    x += 1e4 * np.arange(1, 7)
+    for norm in NORMS:
+        solution = solve(problem(x, y, relative, norm, loss, relative=True, intercept=False))
+        assert solution.gap <= 1e-6 * solution.objective
+
+
+LARGE = {("absolute", 1e9): "stops at a gap of 2%: something is not in units of y"}
+
+
+@pytest.mark.parametrize(
+    ("loss", "factor"),
+    oracles.cases(["squared", "absolute"], [1e-9, 1e-6, 1e6, 1e9], broken=LARGE.get),
+)
+def test_targets_of_any_size(loss, factor):
+    x, y = data(loss, (30, 6))
+    for norm in NORMS:
+        base = solve(problem(x, y, 0.3, norm, loss, relative=True))
+        solution = solve(problem(x, factor * y, 0.3, norm, loss, relative=True))
+        assert solution.gap <= 1e-6 * solution.objective
+        size = factor ** (2 if loss == "squared" else 1)
+        assert solution.objective == pytest.approx(size * base.objective, rel=1e-6)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="eps_max is of inexact multipliers, and nobody looks further"
+)
+def test_no_feature_is_best_from_eps_max_on_even_after_a_degenerate_fit():
+    x = np.zeros((3, 5))
+    x[:, :4] = [[0.7, 0.0, 0.5, 0.1], [-0.8, 0.6, 1.1, 1.2], [0.7, -0.2, 0.6, -1.3]]
+    y, scale = np.array([0.0, 0.0, 1.0]), np.array([1.0, 1, 1, 0, 0])  # the last, of zeros, is free
+    found = oracles.linear_model(x, y, 0.4, 1, "absolute", scale=scale)
+    solution = solve(problem(x, y, 0.4, 1, "absolute", scale=scale))
+    assert solution.objective == pytest.approx(found[2], rel=1e-6)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="the gap is all of the objective; smaller y, or eps, is fine"
+)
+def test_huber_far_beyond_its_knee():
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((2, 10)), np.array([100.4, 100.8])
+    solution = solve(problem(x, y, 2.5e-6, 2, "huber"))
+    assert solution.objective <= 1e-8
 
 
 UNPROVEN = {("squared_hinge", 2, 0), ("squared_hinge", math.inf, 0)} | {
