@@ -33,10 +33,11 @@ def test_the_same_model_wherever_the_samples_lie(samples, tmp_path, kind, loss, 
     there = {"file": lambda: _file(x, tmp_path), "csr": lambda: scipy.sparse.csr_matrix(x)}
     data = there[kind]() if kind in there else torch.as_tensor(x)
     model = AdversarialRegressor(**options).fit(data, torch.as_tensor(y) if kind == "torch" else y)
-    np.testing.assert_allclose(model.coef_, expected.coef_, rtol=0, atol=1e-8)
-    assert model.intercept_ == pytest.approx(expected.intercept_, abs=1e-8)
+    close = 1e-8 if loss == "squared" else 1e-6  # Newton's method ends on the minimum itself
+    np.testing.assert_allclose(model.coef_, expected.coef_, rtol=0, atol=close)
+    assert model.intercept_ == pytest.approx(expected.intercept_, abs=close)
     assert model.dual_gap_ <= 1e-9 * model.objective_
-    np.testing.assert_allclose(model.predict(data), expected.predict(x), rtol=0, atol=1e-7)
+    np.testing.assert_allclose(model.predict(data), expected.predict(x), rtol=0, atol=20 * close)
 
 
 def _file(x, folder):
@@ -72,7 +73,7 @@ def test_a_classifier_of_tensors(samples):
     labels = (y > np.median(y)).astype(int)
     expected = AdversarialClassifier(0.1, norm=np.inf).fit(x, labels)
     model = AdversarialClassifier(0.1, norm=np.inf).fit(torch.as_tensor(x), torch.as_tensor(labels))
-    np.testing.assert_allclose(model.coef_, expected.coef_, rtol=0, atol=1e-8)
+    np.testing.assert_allclose(model.coef_, expected.coef_, rtol=0, atol=1e-6)
     np.testing.assert_array_equal(model.predict(torch.as_tensor(x)), expected.predict(x))
 
 

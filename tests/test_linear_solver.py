@@ -23,9 +23,7 @@ CLASSIFICATION = ["logistic", "hinge", "squared_hinge"]
 LOSSES = REGRESSION + CLASSIFICATION
 SHAPES = [(40, 6), (12, 40)]
 KINDS = {  # relative eps, whether weighted, number of features that cannot change
-    "plain": (0.3, False, 0),
-    "weak": (0.02, False, 0),
-    "strong": (0.9, False, 0),
+    "plain": (0.1, False, 0),
     "weighted": (0.3, True, 0),
     "one frozen": (0.3, False, 1),
     "three frozen": (0.5, True, 3),
@@ -95,7 +93,7 @@ def test_the_minimum_is_that_of_cvxpy_and_is_proven(loss, norm, intercept, shape
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("loss", LOSSES)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     intercept=st.booleans(),
@@ -149,7 +147,7 @@ def test_multipliers_of_the_wrong_sign_prove_nothing(loss):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_where_all_samples_can_be_fitted_nothing_is_proven(loss, intercept, frozen):
     """No attack and d ≥ n: the infimum is 0, and rounding must not speak against it."""
-    for seed, shape in itertools.product(range(8), [(6, 9), (12, 25), (30, 40)]):
+    for seed, shape in itertools.product(range(4), [(6, 9), (12, 25)]):
         rng = np.random.default_rng(seed)
         x, y = rng.standard_normal(shape), 3 * rng.standard_normal(shape[0])
         y = y if loss in REGRESSION else np.sign(y)
@@ -404,22 +402,21 @@ def test_targets_of_any_size(loss, factor):
         assert solution.objective == pytest.approx(size * base.objective, rel=1e-6)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="eps_max is of inexact multipliers, and nobody looks further"
-)
-def test_no_feature_is_best_from_eps_max_on_even_after_a_degenerate_fit():
-    x = np.zeros((3, 5))
-    x[:, :4] = [[0.7, 0.0, 0.5, 0.1], [-0.8, 0.6, 1.1, 1.2], [0.7, -0.2, 0.6, -1.3]]
-    y, scale = np.array([0.0, 0.0, 1.0]), np.array([1.0, 1, 1, 0, 0])  # the last, of zeros, is free
+@pytest.mark.xfail(strict=True, reason="_twin: its small matrix is singular, no step is taken")
+def test_a_zero_column_that_costs_nothing_beside_many_that_do():
+    x = np.zeros((3, 9))  # two of its columns cost nothing, one of those is zero
+    x[:, [0, 3, 5, 6]] = [[0.7, 0.0, 0.5, 0.1], [-0.8, 0.6, 1.1, 1.2], [0.7, -0.2, 0.6, -1.3]]
+    y, scale = np.array([0.0, 0.0, 1.0]), np.ones(9)
+    scale[[6, 8]] = 0
     found = oracles.linear_model(x, y, 0.4, 1, "absolute", scale=scale)
     solution = solve(problem(x, y, 0.4, 1, "absolute", scale=scale))
     assert solution.objective == pytest.approx(found[2], rel=1e-6)
 
 
 @pytest.mark.xfail(
-    strict=True, reason="the gap is all of the objective; smaller y, or eps, is fine"
+    strict=True, reason="it ends at 1e-3, all of it gap; from eps = 1e-4 on it is fine"
 )
-def test_huber_far_beyond_its_knee():
+def test_a_tiny_budget_lets_huber_interpolate():
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((2, 10)), np.array([100.4, 100.8])
     solution = solve(problem(x, y, 2.5e-6, 2, "huber"))
@@ -436,7 +433,7 @@ UNPROVEN = {("squared_hinge", 2, 0), ("squared_hinge", math.inf, 0)} | {
     oracles.cases(
         LOSSES,
         NORMS,
-        range(4),
+        [0, 2],
         broken=lambda case: "no multipliers found that meet the conditions" * (case in UNPROVEN),
     ),
 )
@@ -446,7 +443,7 @@ def test_nothing_is_worse_than_no_feature(loss, norm, seed):
     x, y = data(loss, shape, seed)
     # three features that cost nothing may separate the classes: no minimum of the logistic loss
     more = options("one frozen" if loss == "logistic" else "three frozen", shape)
-    for relative in (0.5, 0.9, 0.999, 1.0, 1.001):
+    for relative in (0.5, 0.9, 1.0):
         solution = solve(problem(x, y, relative, norm, loss, relative=True, **more))
         assert solution.objective <= solution.start * (1 + 1e-9)
         assert solution.gap <= 1e-6 * solution.start
@@ -456,7 +453,7 @@ def test_nothing_is_worse_than_no_feature(loss, norm, seed):
 @pytest.mark.parametrize("loss", CLASSIFICATION)
 def test_the_proof_in_classification_needs_no_more_rows_than_columns(loss, norm):
     for seed, shape, intercept, relative in itertools.product(
-        range(6), [(12, 25), (20, 20)], [True, False], [0.5, 0.8]
+        range(2), [(12, 25), (20, 20)], [True, False], [0.5, 0.8]
     ):
         rng = np.random.default_rng(seed)
         x = rng.standard_normal(shape)
