@@ -78,7 +78,7 @@ def extremes(norm, w, d):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(seed=seeds, norm=norms, units=st.booleans())
 def test_the_closed_form_is_the_maximum_over_the_ball(loss, seed, norm, units):
     w, b, x, y, eps, scale = problem(seed, loss)
@@ -99,7 +99,7 @@ def test_the_closed_form_is_the_maximum_over_the_ball(loss, seed, norm, units):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(seed=seeds, norm=norms, units=st.booleans())
 def test_the_worst_input_is_feasible_and_attains_the_worst_loss(loss, seed, norm, units):
     w, b, x, y, eps, scale = problem(seed, loss)
@@ -133,7 +133,7 @@ def test_without_budget_or_reach_the_worst_is_the_clean_loss(loss, norm):
     assert np.linalg.norm(still - x, norm, axis=1).max() <= eps
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(seeds, norms, st.sampled_from([*REGRESSION]))
 def test_a_joint_budget_on_x_and_y_counts_y_as_a_feature(seed, norm, loss):
     w, b, x, y, eps, _ = problem(seed, loss)
@@ -146,7 +146,7 @@ def test_a_joint_budget_on_x_and_y_counts_y_as_a_feature(seed, norm, loss):
     np.testing.assert_allclose(worst, np.max(reached, axis=0), rtol=1e-10)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(seeds, norms, st.sampled_from([*REGRESSION]), positive)
 def test_a_label_budget_is_added_to_the_residual(seed, norm, loss, kappa):
     w, b, x, y, eps, _ = problem(seed, loss)
@@ -156,7 +156,7 @@ def test_a_label_budget_is_added_to_the_residual(seed, norm, loss, kappa):
     np.testing.assert_allclose(np.max(reached, axis=0), REGRESSION[loss](height), rtol=1e-10)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(r=finite, c=positive)
 def test_the_adversarial_square_is_berhu_up_to_the_golden_ratio(r, c):
     square = worst_case_loss([c], 0.0, [[0.0]], [-r], 1.0)[0] - c**2
@@ -167,7 +167,7 @@ def test_the_adversarial_square_is_berhu_up_to_the_golden_ratio(r, c):
     assert square == pytest.approx(GOLDEN * (worst**2 + c**2), rel=1e-12)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(r=finite, k=positive, c=positive)
 def test_huber_is_the_benign_shift_and_the_adversary_the_worst(r, k, c):
     found = minimize_scalar(
@@ -195,7 +195,7 @@ def test_conjugates_of_the_adversarial_square_and_of_huber(s, c):
         assert conjugate >= (abs(s) - c) * 8
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(seeds, norms)
 def test_a_budget_per_sample_costs_less_than_the_coupled_bound(seed, norm):
     w, b, x, y, eps, _ = problem(seed, "squared")

@@ -93,7 +93,7 @@ def test_the_minimum_is_that_of_cvxpy_and_is_proven(loss, norm, intercept, shape
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("loss", LOSSES)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     intercept=st.booleans(),
@@ -245,7 +245,7 @@ def test_derivatives_and_conjugates_of_the_losses(loss):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10_000), ties=st.booleans())
 def test_the_best_constant_and_its_multipliers(loss, seed, ties):
     rng = np.random.default_rng(seed)
@@ -453,7 +453,7 @@ def test_nothing_is_worse_than_no_feature(loss, norm, seed):
 @pytest.mark.parametrize("loss", CLASSIFICATION)
 def test_the_proof_in_classification_needs_no_more_rows_than_columns(loss, norm):
     for seed, shape, intercept, relative in itertools.product(
-        range(2), [(12, 25), (20, 20)], [True, False], [0.5, 0.8]
+        range(2), [(12, 25), (20, 20)], [True, False], [0.8]
     ):
         rng = np.random.default_rng(seed)
         x = rng.standard_normal(shape)
