@@ -76,7 +76,8 @@ class Design:
         else:
             part = self.x[rows]
             taken[:, : self.features] = _numpy(part.compute() if _is_dask(part) else part)
-            taken[:, : self.features] -= self.shift
+            if self.shift.any():
+                taken[:, : self.features] -= self.shift
         if self.intercept:
             taken[:, -1] = 1.0
         return taken

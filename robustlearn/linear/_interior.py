@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-import scipy.linalg as sla
 from numpy.typing import NDArray
 
+from robustlearn.linear._cholesky import factored, solved
 from robustlearn.linear._cones import Block, Cone, Orthant, cone
 from robustlearn.linear._losses import Loss
 
@@ -25,6 +25,7 @@ AIM = 1e-3  # of the tolerance
 WAIT, LONG_WAIT = 1, 40  # steps without progress, below the tolerance and above
 WIDE = 2  # columns a row from which the matrix of the rows is the smaller work
 TRUST = 2.0  # how much more than foreseen a smooth loss may bend along a step
+REFINE = 4  # refinements of a step from the rows' system: fewer leave too few digits at the end
 PLAIN = 1e-3  # share of curvature above the quadratic's from which a row counts by itself
 
 
@@ -198,6 +199,11 @@ class Rows:
         return np.setdiff1d(np.arange(self.x.shape[1]), self.penalised)
 
     @cached_property
+    def wide(self) -> Array:
+        """The penalised columns."""
+        return self.x[:, self.penalised]
+
+    @cached_property
     def worth(self) -> Array:
         """What a unit of residual in a free column changes in Σ s·y when it is taken off."""
         x = self.x[:, self.free]
@@ -205,13 +211,16 @@ class Rows:
         return np.abs(x).T @ (self.weight * np.abs(self.y)) / np.where(square > 0, square, 1)
 
     @cached_property
-    def scale(self) -> Array:
-        """The diagonal of XᵀΩX, 1 for columns of zeros."""
+    def near(self) -> Array:
+        """PROX of the curvature of each column and of c, at a typical height."""
         if self.rest is not None:
             square = np.diag(self.rest.gram)
         else:
             square = np.einsum("ij,ij,i->j", self.x, self.x, self.weight)
-        return np.where(square > 0, square, 1.0)
+        square = np.append(np.where(square > 0, square, 1.0), self.weight.sum())
+        height = np.array(1.0 if self.loss.classifies else np.abs(self.y).mean())
+        bend = float(self.loss.slope(height) / height) / 2 if height > 0 else 1.0
+        return PROX * bend * square
 
     def gradient(self, by_z: Array, z: Array, v: Array, c: float) -> tuple[Array, float]:
         """Return the derivatives by v and c that belong to multipliers by z."""
@@ -326,7 +335,8 @@ def _loss_of_bound(residual: Array, rows: Rows, height: float) -> float:
     """Return about what the residual of stationarity takes from the bound, at a typical height."""
     penalised = np.abs(residual[rows.penalised] / rows.units).max(initial=0.0)
     free = np.abs(residual[rows.free]) * rows.worth
-    return float(penalised * height + free.sum())
+    with np.errstate(over="ignore"):
+        return float(penalised * height + free.sum())
 
 
 def _step(
@@ -386,7 +396,7 @@ def _dense(
         h[:m, :m] += across + across.T
         h[:m, m] += h[m, m] * lift
     h[m, :m] = h[:m, m]
-    diagonal = PROX * np.append(rows.scale, rows.weight.sum())
+    diagonal = rows.near.copy()
     diagonal[rows.penalised] += block.diagonal
     diagonal[m] += block.corner
     if block.outer is not None:
@@ -394,18 +404,18 @@ def _dense(
         outer[rows.penalised] = block.outer
         h += np.outer(outer, outer)
     factor = _factor(h, diagonal)
-    return lambda right: sla.cho_solve(factor, right, check_finite=False)
+    return lambda right: solved(factor, right)
 
 
-def _factor(h: Array, diagonal: Array) -> tuple[Array, bool]:
+def _factor(h: Array, diagonal: Array) -> Array:
     """Factor h + diagonal; more is added where rounding has made it indefinite."""
     extra: Array | float = 0.0
     for _ in range(12):
         shifted = h.copy()
         shifted[np.diag_indices(len(h))] += diagonal + extra
         try:
-            return sla.cho_factor(shifted, lower=True, overwrite_a=True, check_finite=False)
-        except sla.LinAlgError:
+            return factored(shifted)
+        except np.linalg.LinAlgError:
             extra = np.maximum(100 * extra, 1e-15 * (np.abs(np.diag(h)) + diagonal))
     raise FloatingPointError("Newton's matrix is not positive definite")
 
@@ -413,38 +423,55 @@ def _factor(h: Array, diagonal: Array) -> tuple[Array, bool]:
 def _twin(
     rows: Rows, zz: Array, lean: Array, tilt: Array, lift: Array, corner: float, block: Block
 ) -> Solve:
-    """Solve through the matrix of the rows, K = 1/Θ + XΛ⁻¹Xᵀ, refined on the whole system.
+    """Solve through the matrix of the rows, K = 1/Θ + AΛ⁻¹Aᵀ, refined on the whole system.
 
-    c is one more column without penalty: the unknowns are (dw, df, s) with s = Θ(X·dw + F·df).
+    c is one more column without penalty: the unknowns are (dw, df, s) with s = Θ(A·dw + F·df).
+    With dc = c' + liftᵀdw there is one more row, liftᵀ, and A = (X + lean·liftᵀ; liftᵀ).
     """
     penalised, m = rows.penalised, len(tilt)
-    free = np.setdiff1d(np.arange(m + 1), penalised)
-    wide = rows.x[:, penalised]
-    columns = np.column_stack([rows.x, lean + rows.x @ tilt])[:, free]
-    if np.any(lift):  # dc = c' + liftᵀdw, also where it counts by itself: as one more row
-        wide = np.vstack([wide + np.outer(lean, lift[penalised]), lift[penalised]])
+    free = np.append(rows.free, m)
+    tilted = rows.x @ tilt if np.any(tilt) else 0.0
+    columns = np.column_stack([rows.x[:, rows.free], lean + tilted])
+    wide, push = rows.wide, lift[penalised]
+    load = block.diagonal + rows.near[penalised]
+    root = np.sqrt(load)
+    scaled = wide / root
+    k = scaled @ scaled.T
+    lifted = bool(np.any(lift))
+    if lifted:
         columns = np.vstack([columns, np.eye(len(free))[-1]])
         zz, corner = np.append(zz, max(corner, 1e-300)), 0.0
-    corners = np.diag([*np.zeros(len(free) - 1), corner + block.corner])
-    load = block.diagonal + PROX * rows.scale[penalised]
-    scaled = wide / load
-    k = scaled @ wide.T
+        along = scaled @ (push / root)
+        own = float(push @ (push / load))
+        side = along + own * lean
+        k += np.outer(lean, along) + np.outer(side, lean)
+        k = np.block([[k, side[:, None]], [side[None], np.array([[own]])]])
+    corners = np.diag(rows.near[free] + np.append(np.zeros(len(rows.free)), corner + block.corner))
     factor = _factor(k, 1 / zz)
-    through = sla.cho_solve(factor, columns, check_finite=False)
+    through = solved(factor, columns)
     small = columns.T @ through + corners
 
+    def forth(dw: Array) -> Array:
+        if not lifted:
+            return wide @ dw
+        pushed = float(push @ dw)
+        return np.append(wide @ dw + lean * pushed, pushed)
+
+    def back(s: Array) -> Array:
+        return wide.T @ s[:-1] + push * float(lean @ s[:-1] + s[-1]) if lifted else wide.T @ s
+
     def once(w: Array, f: Array, r: Array) -> tuple[Array, Array, Array]:
-        base = sla.cho_solve(factor, scaled @ w - r, check_finite=False)
+        base = solved(factor, forth(w / load) - r)
         df = np.linalg.solve(small, f - columns.T @ base)
         s = base + through @ df
-        return (w - wide.T @ s) / load, df, s
+        return (w - back(s)) / load, df, s
 
     def solve(right: Array) -> Array:
         w, f = right[penalised], right[free]
         dw, df, s = once(w, f, np.zeros(len(zz)))
-        for _ in range(2):
-            left = w - load * dw - wide.T @ s
-            below = s / zz - wide @ dw - columns @ df
+        for _ in range(REFINE):
+            left = w - load * dw - back(s)
+            below = s / zz - forth(dw) - columns @ df
             fix = once(left, f - columns.T @ s - corners @ df, below)
             dw, df, s = dw + fix[0], df + fix[1], s + fix[2]
         step = np.empty(m + 1)

@@ -10,14 +10,14 @@ of what comes out, and turns to the interior-point method where there is none.
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.linalg as sla
 from numpy.typing import NDArray
 
+from robustlearn.linear._cholesky import factored, solved
 from robustlearn.linear._interior import Rows, Settled
 
 Array = NDArray[np.float64]
 SHRINK = 0.1  # of μ after a good step
-LAG = 1e-4  # of the fall of a step: μ waits where its own error is below that
+LAG = 0.1  # of the fall of a step: μ waits where its own error is below that
 SMALL = 1e-2  # curvature above the quadratic's from which a row counts by itself
 
 
@@ -106,21 +106,25 @@ def descend(rows: Rows, rest: Settled, state: State, kinks: Kinks, tol: float, m
             h -= (lever / c * by_c)[:, None] * by_c
         h[np.diag_indices(m)] += lever * diagonal + 1e-14 * np.diag(h)
         try:
-            factor = sla.cho_factor(h, lower=True, overwrite_a=True, check_finite=False)
-        except sla.LinAlgError:
+            factor = factored(h)
+        except np.linalg.LinAlgError:
             return
-        dv = -sla.cho_solve(factor, gradient, check_finite=False)
-        down, smoothing = float(gradient @ dv), 2 * c * float(weight @ (kinks.h - np.abs(r)))
-        if not -down > tol * value and smoothing <= tol * value:
-            return
+        dv = -solved(factor, gradient)
+        down = float(gradient @ dv)
+        smoothing = 2 * c * float(weight @ (kinks.h - np.abs(r)))
+        if rows.q == 1:
+            smoothing += 2 * lever * (c - float(np.abs(units * v).sum()))
         dr = x @ dv
+        done = not -down > tol * value and smoothing <= tol * value
         line = _Line(rows, rest, norm, state, r, dv, dr, plain, total)
-        length = line.search(value, down)
+        length = 1.0 if done else line.search(value, down)
         kinks.move(dr)
         if rows.q == 1:
             state.corners.move(units * dv)
         state.v, r = v + length * dv, r + length * dr
         state.steps += 1
+        if done:
+            return
         if length > 0.3 and smoothing > LAG * -down:
             state.mu, state.nu = SHRINK * state.mu, SHRINK * state.nu
 

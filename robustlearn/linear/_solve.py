@@ -9,6 +9,7 @@ import scipy.linalg as sla
 from numpy.typing import NDArray
 
 from robustlearn.linear._bound import lower_bound
+from robustlearn.linear._cholesky import factored, solved
 from robustlearn.linear._design import Design
 from robustlearn.linear._interior import Outcome, Rows, Settled, minimise
 from robustlearn.linear._losses import Hinge, Loss, Squared
@@ -22,10 +23,12 @@ ROUGH = 1e-3  # relative accuracy of the first round
 ROUNDS = 12
 INSIDE = 20  # how far below the tolerance the interior-point method aims: the proof takes some
 FAR, NEAR = 0.3, 0.05  # room at its start, from afar and from a neighbouring solution
-EXACT = 1e-5  # of the tolerance: the fall of the last Newton step
+EXACT = 1e-4  # of the tolerance: the fall of the last Newton step
 SOFT, SOFT_NEAR = 0.05, 0.005  # first μ of Newton's method, in typical residuals
 DUST = 1e-7  # of the largest coefficient
 CAP = 200_000  # most rows of the first round, unless the columns ask for more
+NOTHING = 1e-12  # a loss that is none
+WELL = 1e-4  # ratio of the pivots from which Cholesky's factor is as good as that of QR
 BARELY = 1e-9  # of c: a residual so small has no sign
 
 
@@ -168,16 +171,17 @@ def solve(
         if problem.loss.classifies and reached and _left(problem, v) > 0:
             v = _widest(problem, v, tol)
     bound = problem.bound(v, found.multipliers, found.lifts) if found.bound is None else found.bound
-    if problem.objective(v) >= start * total:  # nothing gained: no feature at all, with its proof
+    value = problem.objective(v)
+    if value >= start * total:  # nothing gained: no feature at all, with its proof
         v, multipliers, _ = without(problem)
-        bound = max(bound, problem.bound(v, multipliers))
+        bound, value = max(bound, problem.bound(v, multipliers)), start * total
     if problem.q == 1:
-        v = _cleared(problem, v, tol)
+        v, value = _cleared(problem, v, value, tol)
     coef, intercept = problem.design.split(v)
     return Solution(
         coef,
         intercept,
-        problem.objective(v) / total,
+        value / total,
         bound / total,
         found,
         problem.eps,
@@ -186,12 +190,14 @@ def solve(
     )
 
 
-def _cleared(problem: Problem, v: Array, tol: float) -> Array:
+def _cleared(problem: Problem, v: Array, value: float, tol: float) -> tuple[Array, float]:
     """Return v with zeros where ‖·‖₁ leaves next to nothing, unless the objective minds."""
     reach = np.abs(problem.scale * v)
-    clear = np.where((reach > 0) & (reach <= DUST * reach.max()), 0.0, v)
-    worth = problem.objective(clear) <= problem.objective(v) * (1 + tol / INSIDE)
-    return clear if worth else v
+    clear = np.where((reach > 0) & (reach <= DUST * reach.max(initial=0.0)), 0.0, v)
+    if np.array_equal(clear, v):
+        return v, value
+    left = problem.objective(clear)
+    return (clear, left) if left <= value * (1 + tol / INSIDE) else (v, value)
 
 
 def without(problem: Problem) -> tuple[Array, Array, float]:
@@ -223,6 +229,10 @@ def _without(problem: Problem) -> tuple[Array, Array, float]:
         part = Problem(some, y, weight, np.zeros(len(free)), 0.0, problem.q, problem.loss)
         found = _method(part)(part, 1e-12, 100, None)
         v[free], multipliers = found.v, found.multipliers
+        margin = float((y * design.dot(v)).min())
+        if problem.loss.classifies and margin > 0:  # no loss is left, or next to none
+            v *= (np.log(1 / NOTHING) if problem.loss.smooth else 1.0) / margin
+            multipliers = np.zeros_like(multipliers)
     if not costly.any():
         return v, multipliers, 0.0
     a = np.abs(multipliers)
@@ -285,8 +295,7 @@ def _start(problem: Problem, x: Array) -> Array:
 def _definite(matrix: Array, right: Array) -> Array:
     """Solve with a positive definite matrix, whatever the sizes of its columns."""
     size = np.sqrt(np.diag(matrix))
-    factor = sla.cho_factor(matrix / size[:, None] / size, overwrite_a=True, check_finite=False)
-    return sla.cho_solve(factor, right / size, check_finite=False) / size
+    return solved(factored(matrix / size[:, None] / size), right / size) / size
 
 
 def _calm(problem: Problem, rows: Rows, v: Array) -> Array:
@@ -351,23 +360,40 @@ def _turned(problem: Problem, tol: float, max_iter: int, near: Found | None) -> 
     """q = 2 and more columns than rows: w lies in the span of the rows, n numbers."""
     penalised, scale = problem.penalised, problem.scale
     x = problem.design.take()
-    turn, lower = sla.qr((x[:, penalised] / scale[penalised]).T, mode="economic")
+    wide = x[:, penalised] / scale[penalised]
     free = np.setdiff1d(np.arange(x.shape[1]), penalised)
-    small = np.column_stack([lower.T, x[:, free]])
+    lower, raised = _triangular(wide)
     k = lower.shape[1]
-    rows = Rows(
-        problem.loss, small, problem.y, problem.weight, np.arange(k), np.full(k, problem.eps), 2.0
+    part = Problem(
+        Design(np.column_stack([lower, x[:, free]]), intercept=False),
+        problem.y,
+        problem.weight,
+        np.append(np.ones(k), np.zeros(len(free))),
+        problem.eps,
+        2.0,
+        problem.loss,
     )
-    start = np.zeros(small.shape[1])
-    ridge = 0.1 * float(np.einsum("ij,ij->", lower, lower)) / k
-    gram = lower.T @ lower
-    gram[np.diag_indices(k)] += ridge
-    start[:k] = lower @ _definite(gram, problem.y) if len(lower) == k else 0.0
-    found = minimise(rows, start, tol=tol / INSIDE, max_iter=max_iter)
+    method = _by_rounds if isinstance(problem.loss, Squared) else _at_once
+    found = method(part, tol, max_iter, None)
     v = np.zeros(x.shape[1])
-    v[penalised] = turn @ found.v[:k] / scale[penalised]
+    v[penalised] = raised(found.v[:k]) / scale[penalised]
     v[free] = found.v[k:]
-    return Found(v, found.dual, found.steps, lifts=found.lift)
+    return replace(found, v=v, bound=None)
+
+
+def _triangular(wide: Array) -> tuple[Array, Callable[[Array], Array]]:
+    """Return L of wide = L·Qᵀ (Q orthonormal), and the map u ↦ Q·u.
+
+    By Cholesky of wide·wideᵀ where that keeps the digits, or by QR, at four times the work.
+    """
+    try:
+        lower = np.tril(factored(wide @ wide.T))
+        if np.diag(lower).min() > WELL * np.diag(lower).max():
+            return lower, lambda u: wide.T @ sla.solve_triangular(lower, u, lower=True, trans=1)
+    except np.linalg.LinAlgError:
+        pass
+    turn, upper = sla.qr(wide.T, mode="economic")
+    return upper.T, lambda u: turn @ u
 
 
 def _by_rounds(problem: Problem, tol: float, max_iter: int, near: Found | None) -> Found:
@@ -421,6 +447,8 @@ def _newton_rounds(problem: Problem, tol: float, max_iter: int, near: Found | No
             part, goal = _smallest(residual, int(max(3 * m, len(part) / 4))), EXACT * tol
         else:
             part = np.union1d(part, wrong)
+            again = float(np.abs(residual[wrong]).max()) / state.mu
+            state.mu, state.nu = state.mu * max(again, 1.0), state.nu * max(again, 1.0)
     signs = np.sign(residual)
     signs[part] = sigma[part]
     multipliers = 2 * weight * (residual + problem.size(state.v) * signs)
