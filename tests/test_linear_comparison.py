@@ -14,7 +14,7 @@ from sklearn.linear_model import LinearRegression, Ridge
 from threadpoolctl import threadpool_limits
 
 from robustlearn.errors import InputError
-from robustlearn.linear import comparison
+from robustlearn.linear import _results, comparison
 from robustlearn.linear.comparison import Comparison, Row, Tukey, robust_comparison
 
 mpl.use("Agg")
@@ -173,7 +173,7 @@ def test_one_split_claims_nothing():
 def test_every_claim_in_the_conclusion_is_in_the_rows(found):
     text = found.conclusion()
     for setting in ("clean", "label outliers", "bad leverage", "input noise"):
-        for measure in comparison.MEASURES:
+        for measure in _results.MEASURES:
             means = {m: found.values(setting, m, measure).mean() for m in found.methods}
             best = min(means, key=means.get)
             heading = f"{setting}, {comparison.SPOKEN[measure]}: {best} has the lowest mean"
@@ -203,7 +203,7 @@ def test_it_costs_little_on_clean_data(found):
 
 
 def test_the_square_is_no_defence_against_label_outliers_but_huber_is(found):
-    for measure in comparison.MEASURES:
+    for measure in _results.MEASURES:
         for robust in ("Huber", "adversarial Huber"):
             for fragile in ("least squares", "RidgeCV", "adversarial square"):
                 gap = found.difference("label outliers", robust, fragile, measure)

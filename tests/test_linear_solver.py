@@ -11,10 +11,11 @@ import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from robustlearn.linear import _design, _interior, _losses
+from robustlearn.linear import _design, _interior, _losses, _rows
 from robustlearn.linear._cones import cone
 from robustlearn.linear._design import Design
-from robustlearn.linear._solve import Problem, solve
+from robustlearn.linear._problem import Problem
+from robustlearn.linear._solve import solve
 
 NORMS = [1, 2, math.inf]
 DUAL = {1: math.inf, 2: 2.0, math.inf: 1.0}
@@ -276,7 +277,7 @@ def test_both_ways_to_a_newton_step_agree(loss, norm, free, monkeypatch):
     task = problem(x, y, 0.2, norm, loss, intercept=False, scale=np.arange(d) >= free)
     rows = task.rows()
     ball = cone(rows.q, rows.units)
-    heights = _interior.Heights(rows.loss, rows.y, rows.weight, reached=True)
+    heights = _rows.Heights(rows.loss, rows.y, rows.weight, reached=True)
     v = rng.standard_normal(d)
     size = ball.size(v[rows.penalised])
     heights.start(x @ v, size + 0.5, 0.3)

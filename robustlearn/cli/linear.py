@@ -57,17 +57,6 @@ def fitted(
     notes += [str(one.message) for one in caught]
     last = model[-1]
     names = dataset.feature_names or tuple(f"x{j}" for j in range(x.shape[1]))
-    others = (
-        {"least squares": LinearRegression(), "RidgeCV": RidgeCV(), "Huber": HuberRegressor()}
-        if regression
-        else {"logistic regression": LogisticRegression(max_iter=1000)}
-    )
-    rows = [{"model": type(last).__name__, **_errors(model, parts[1], parts[3], last.eps_, norm)}]
-    for name, other in others.items():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the peers' own convergence
-            peer = _pipeline(other, standardize).fit(parts[0], parts[2])
-        rows.append({"model": name, **_errors(peer, parts[1], parts[3], last.eps_, norm)})
     return model, {
         "data": dataset.name,
         "task": "regression" if regression else "classification",
@@ -85,9 +74,27 @@ def fitted(
         "features": list(names),
         "coefficients": np.atleast_2d(last.coef_).tolist(),
         "intercepts": np.atleast_1d(last.intercept_).tolist(),
-        "comparison": rows,
+        "comparison": _compared(model, parts, norm, standardize),
         "notes": notes,
     }
+
+
+def _compared(model: Any, parts: list[Any], norm: float, standardize: bool) -> list[dict[str, Any]]:
+    """Return the errors of the model and of its peers on the part held out."""
+    x, held, y, truth = parts
+    last = model[-1]
+    rows = [{"model": type(last).__name__, **_errors(model, held, truth, last.eps_, norm)}]
+    others = (
+        {"logistic regression": LogisticRegression(max_iter=1000)}
+        if hasattr(last, "classes_")
+        else {"least squares": LinearRegression(), "RidgeCV": RidgeCV(), "Huber": HuberRegressor()}
+    )
+    for name, other in others.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the peers' own convergence
+            peer = _pipeline(other, standardize).fit(x, y)
+        rows.append({"model": name, **_errors(peer, held, truth, last.eps_, norm)})
+    return rows
 
 
 def _pipeline(estimator: Any, standardize: bool) -> Any:

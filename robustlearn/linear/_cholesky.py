@@ -23,3 +23,9 @@ def factored(matrix: Array) -> Array:
 def solved(factor: Array, right: Array) -> Array:
     """Return (LLᵀ)⁻¹·right, of one column or many."""
     return dpotrs(factor, right, lower=True)[0]
+
+
+def definite(matrix: Array, right: Array) -> Array:
+    """Solve with a positive definite matrix, whatever the sizes of its columns."""
+    size = np.sqrt(np.diag(matrix))
+    return solved(factored(matrix / size[:, None] / size), right / size) / size

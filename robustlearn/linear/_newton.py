@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustlearn.linear._cholesky import factored, solved
-from robustlearn.linear._interior import Rows, Settled
+from robustlearn.linear._rows import Rows, Settled
 
 Array = NDArray[np.float64]
 SHRINK = 0.1  # of μ after a good step

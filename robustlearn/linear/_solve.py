@@ -1,54 +1,25 @@
 """Minimise the mean worst-case loss of a linear model, and prove how good the minimum is."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
 
 import numpy as np
 import scipy.linalg as sla
 from numpy.typing import NDArray
 
-from robustlearn.linear._bound import lower_bound
-from robustlearn.linear._cholesky import factored, solved
+from robustlearn.linear._cholesky import definite, factored
 from robustlearn.linear._design import Design
-from robustlearn.linear._interior import Outcome, Rows, Settled, minimise
-from robustlearn.linear._losses import Hinge, Loss, Squared
-from robustlearn.linear._newton import Kinks, State, descend
+from robustlearn.linear._interior import minimise
+from robustlearn.linear._losses import Squared
+from robustlearn.linear._margin import margin_left, widest
+from robustlearn.linear._problem import Found, Problem
+from robustlearn.linear._rounds import FEW, INSIDE, interior_rounds, newton_rounds
+from robustlearn.linear._rows import Rows
 
 Array = NDArray[np.float64]
-T = TypeVar("T")
-FEW = 6  # rows a column below which all rows are worked on at once
-WINDOW = 0.15  # share of the rows, those of least residual, that the first round works on
-ROUGH = 1e-3  # relative accuracy of the first round
-ROUNDS = 12
-INSIDE = 20  # how far below the tolerance the interior-point method aims: the proof takes some
-FAR, NEAR = 0.3, 0.05  # room at its start, from afar and from a neighbouring solution
-EXACT = 1e-4  # of the tolerance: the fall of the last Newton step
-SOFT, SOFT_NEAR = 0.05, 0.005  # first μ of Newton's method, in typical residuals
 DUST = 1e-7  # of the largest coefficient
-CAP = 200_000  # most rows of the first round, unless the columns ask for more
 NOTHING = 1e-12  # a loss that is none
 WELL = 1e-4  # ratio of the pivots from which Cholesky's factor is as good as that of QR
-BARELY = 1e-9  # of c: a residual so small has no sign
-
-
-@dataclass(frozen=True)
-class Found:
-    """Columns v, multipliers of the rows, steps; the bound where it has been worked out.
-
-    ``lifts`` are the multipliers by c where the method has its own.
-
-    ``kinks`` and ``corners`` are the multipliers of the kinks of |r| and of ‖D·v‖₁, for those who
-    start near.
-    """
-
-    v: Array
-    multipliers: Array
-    steps: int
-    bound: float | None = None
-    lifts: Array | None = None
-    kinks: Array | None = None
-    corners: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -88,69 +59,6 @@ class Solution:
         return max(self.objective - self.bound, 0.0)
 
 
-@dataclass(frozen=True)
-class Problem:
-    """min over v of Σ ω·loss(z, y; c) with z = Xv and c = ε‖D·v‖_q.
-
-    ``scale`` = D, one number a column of the design, 0 where a column costs nothing. A
-    ``relative`` eps is in units of the ε_max of `without`. ``known`` holds what does not depend on
-    eps, once it is known; a copy at another eps shares it.
-    """
-
-    design: Design
-    y: Array
-    weight: Array
-    scale: Array
-    eps: float
-    q: float
-    loss: Loss
-    relative: bool = False
-    known: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def penalised(self) -> NDArray[np.intp]:
-        """The columns that the attack reaches."""
-        return np.flatnonzero((self.scale > 0) & (self.eps > 0))
-
-    def size(self, v: Array) -> float:
-        """c = ε‖D·v‖_q."""
-        return self.eps * float(np.linalg.norm(self.scale * v, self.q))
-
-    def objective(self, v: Array) -> float:
-        """Σ ω·loss."""
-        height = self.loss.height(self.design.dot(v), self.size(v), self.y)
-        return float(self.weight @ self.loss.value(height))
-
-    def bound(self, v: Array, multipliers: Array, lifts: Array | None = None) -> float:
-        """Return a proven lower bound of the least objective."""
-        return lower_bound(
-            self.design,
-            self.y,
-            self.weight,
-            self.scale,
-            self.eps,
-            self.q,
-            self.loss,
-            v,
-            multipliers,
-            lifts,
-        )
-
-    def rows(self, part: NDArray[np.intp] | None = None, rest: Settled | None = None) -> Rows:
-        """Return some of the rows (all by default) for the interior-point method."""
-        index = slice(None) if part is None else part
-        return Rows(
-            self.loss,
-            self.design.take(part),
-            self.y[index],
-            self.weight[index],
-            self.penalised,
-            self.eps * self.scale[self.penalised],
-            self.q,
-            rest,
-        )
-
-
 def solve(
     problem: Problem, *, tol: float = 1e-8, max_iter: int = 100, near: Found | None = None
 ) -> Solution:
@@ -163,13 +71,13 @@ def solve(
     if problem.relative:
         problem = replace(problem, eps=problem.eps * eps_max, relative=False)
     total = float(problem.weight.sum())
-    start = _once(problem, "start", lambda: problem.objective(v) / total)
+    start = problem.once("start", lambda: problem.objective(v) / total)
     if problem.eps < eps_max:
         found = _method(problem)(problem, tol, max_iter, near)
         v = found.v
         reached = bool((problem.scale > 0).any())
-        if problem.loss.classifies and reached and _left(problem, v) > 0:
-            v = _widest(problem, v, tol)
+        if problem.loss.classifies and reached and margin_left(problem, v) > 0:
+            v = widest(problem, v, tol)
     bound = problem.bound(v, found.multipliers, found.lifts) if found.bound is None else found.bound
     value = problem.objective(v)
     if value >= start * total:  # nothing gained: no feature at all, with its proof
@@ -205,14 +113,7 @@ def without(problem: Problem) -> tuple[Array, Array, float]:
 
     ε_max = ‖D⁻¹Xᵀs‖_p / Σ a, the least ε at which the multipliers prove it best of all.
     """
-    return _once(problem, "without", lambda: _without(problem))
-
-
-def _once(problem: Problem, name: str, make: Callable[[], T]) -> T:
-    """Return what does not depend on eps, worked out once."""
-    if name not in problem.known:
-        problem.known[name] = make()
-    return problem.known[name]
+    return problem.once("without", lambda: _without(problem))
 
 
 def _without(problem: Problem) -> tuple[Array, Array, float]:
@@ -286,16 +187,10 @@ def _start(problem: Problem, x: Array) -> Array:
     ridge[problem.penalised] *= 1e8
     ridge[ridge == 0] = 1.0  # columns of zeros
     if m <= n:
-        return _definite(heavy.T @ x + np.diag(ridge), heavy.T @ problem.y)
+        return definite(heavy.T @ x + np.diag(ridge), heavy.T @ problem.y)
     scaled = x / ridge
     kernel = scaled @ x.T + np.diag(1 / problem.weight)
-    return scaled.T @ _definite(kernel, problem.y)
-
-
-def _definite(matrix: Array, right: Array) -> Array:
-    """Solve with a positive definite matrix, whatever the sizes of its columns."""
-    size = np.sqrt(np.diag(matrix))
-    return solved(factored(matrix / size[:, None] / size), right / size) / size
+    return scaled.T @ definite(kernel, problem.y)
 
 
 def _calm(problem: Problem, rows: Rows, v: Array) -> Array:
@@ -311,49 +206,6 @@ def _calm(problem: Problem, rows: Rows, v: Array) -> Array:
         way = min(1.0, float(np.mean(height)) / max(problem.size(v), 1e-300))
         return still + way * (v - still)
     return v / max(1.0, float(np.sqrt(np.mean((rows.x @ v) ** 2))), problem.size(v))
-
-
-def _widest(problem: Problem, v: Array, tol: float) -> Array:
-    """Return the model of largest margin, where even the attack leaves the classes separable.
-
-    min ‖D·w‖_q subject to y·z ≥ 1. It makes the hinge losses 0, and is the direction in which the
-    logistic loss has its infimum 0; there it is taken so far that the loss is ``tol`` at most.
-    """
-    problem, attacked = replace(problem, eps=1.0), problem
-    v = v / (problem.y * problem.design.dot(v)).min()
-    # multipliers cannot exceed the least ‖D·w‖_q, so that this price on violations is exact
-    price = np.full(len(problem.y), 10 * problem.size(v))
-    rows = replace(problem.rows(), loss=Hinge(), cost=1.0, weight=price)
-    found = minimise(rows, v, tol=1e-12)
-    wide = _on_the_margin(problem, rows, found) if problem.q == 2 else found.v
-    left = _left(attacked, wide)
-    if left <= 0:
-        return v
-    return wide * (np.log(2 / tol) if problem.loss.smooth else 1.0) / left
-
-
-def _on_the_margin(problem: Problem, rows: Rows, found: Outcome) -> Array:
-    """Return the same with the digits that the norm's roundness costs: solve for those at 1.
-
-    min ‖D·w‖₂ subject to y·z = 1 on the rows whose multipliers say that they bind.
-    """
-    binding = np.abs(found.dual) > 1e-5 * np.abs(found.dual).max()
-    free = np.delete(np.arange(len(found.v)), rows.penalised)
-    wide, few = rows.x[binding][:, rows.penalised] / rows.units, rows.x[binding][:, free]
-    empty = np.zeros((len(free), len(free)))
-    matrix = np.block([[wide @ wide.T, few], [few.T, empty]])
-    right = np.append(rows.y[binding], np.zeros(len(free)))
-    solved = np.linalg.lstsq(matrix, right, rcond=None)[0]
-    v = found.v.copy()
-    v[rows.penalised] = wide.T @ solved[: len(wide)] / rows.units
-    v[free] = solved[len(wide) :]
-    holds = (rows.y * (rows.x @ v)).min() > 1 - 1e-9
-    return v if holds and problem.size(v) <= problem.size(found.v) * (1 + 1e-9) else found.v
-
-
-def _left(problem: Problem, v: Array) -> float:
-    """Return the least margin that the attack leaves: min y·z − c."""
-    return float((problem.y * problem.design.dot(v)).min()) - problem.size(v)
 
 
 def _turned(problem: Problem, tol: float, max_iter: int, near: Found | None) -> Found:
@@ -399,7 +251,7 @@ def _triangular(wide: Array) -> tuple[Array, Callable[[Array], Array]]:
 def _by_rounds(problem: Problem, tol: float, max_iter: int, near: Found | None) -> Found:
     """Squared loss, many rows: try the quick methods first, and take what can be proven."""
     steps, start = 0, near
-    methods = (_newton_rounds, _interior_rounds, _at_once)
+    methods = (newton_rounds, interior_rounds, _at_once)
     for method in methods[1:] if problem.q == np.inf else methods:
         start = found = method(problem, tol, max_iter, start)
         steps += found.steps
@@ -410,129 +262,3 @@ def _by_rounds(problem: Problem, tol: float, max_iter: int, near: Found | None) 
         if objective - bound <= tol * objective:
             break
     return replace(found, steps=steps, bound=bound)
-
-
-def _unsettled(problem: Problem, v: Array, residual: Array, sign: Array) -> NDArray[np.intp]:
-    """Return the rows whose residual has not kept its sign, or has come to nothing beside c."""
-    return np.flatnonzero((sign != 0) & (residual * sign <= BARELY * problem.size(v)))
-
-
-def _newton_rounds(problem: Problem, tol: float, max_iter: int, near: Found | None) -> Found:
-    """Work on the rows of small residual, with the sign of the others settled, then check these."""
-    design, y, weight = problem.design, problem.y, problem.weight
-    n, m = design.rows, design.columns
-    v = _ridge(problem) if near is None else near.v
-    residual = design.dot(v) - y
-    typical, size = float(np.median(np.abs(residual))), float(np.abs(problem.scale * v).mean())
-    soft = SOFT if near is None else SOFT_NEAR
-    state = State(v, soft * typical, soft * problem.eps * size, Kinks(m))
-    sigma = np.zeros(n)
-    if near is not None and near.kinks is not None and near.corners is not None:
-        sigma, state.corners.multiplier = near.kinks.copy(), near.corners.copy()
-    window = _window(n, m)
-    few = window > n / 2
-    part = np.arange(n) if few else _smallest(residual, window)
-    goal = EXACT * tol if few else ROUGH
-    for _ in range(ROUNDS):
-        sign, rest = _settled(problem, residual, part)
-        kinks = Kinks(len(part))
-        kinks.multiplier = sigma[part]
-        descend(problem.rows(part, rest), rest, state, kinks, goal, max_iter)
-        residual = design.dot(state.v) - y
-        sigma[part] = kinks.multiplier
-        wrong = _unsettled(problem, state.v, residual, sign)
-        if goal < ROUGH and not len(wrong):
-            break
-        if goal == ROUGH:
-            part, goal = _smallest(residual, int(max(3 * m, len(part) / 4))), EXACT * tol
-        else:
-            part = np.union1d(part, wrong)
-            again = float(np.abs(residual[wrong]).max()) / state.mu
-            state.mu, state.nu = state.mu * max(again, 1.0), state.nu * max(again, 1.0)
-    signs = np.sign(residual)
-    signs[part] = sigma[part]
-    multipliers = 2 * weight * (residual + problem.size(state.v) * signs)
-    corners = state.corners.multiplier
-    return Found(state.v, multipliers, state.steps, kinks=signs, corners=corners)
-
-
-def _settled(problem: Problem, residual: Array, part: NDArray[np.intp]) -> tuple[Array, Settled]:
-    """Return the signs of the rows outside ``part`` (0 inside), and what they add up to."""
-    gram, moment, square = _sums(problem)
-    sign = np.sign(residual)
-    sign[part] = 0.0
-    pull = problem.weight * sign
-    along = problem.design.tdot(pull) if len(part) < len(sign) else np.zeros(len(moment))
-    mass = float(np.abs(pull).sum())
-    return sign, Settled(gram, moment, square, along, float(pull @ problem.y), mass)
-
-
-def _interior_rounds(problem: Problem, tol: float, max_iter: int, near: Found | None) -> Found:
-    """Do the same by the interior-point method."""
-    design, y, weight = problem.design, problem.y, problem.weight
-    n, m = design.rows, design.columns
-    v = _ridge(problem) if near is None else near.v
-    residual = design.dot(v) - y
-    part = _smallest(residual, _window(n, m))
-    steps, last = 0, tol / INSIDE
-    goal, room = (max(ROUGH, last), FAR) if near is None else (last, NEAR)
-    for _ in range(ROUNDS):
-        sign, rest = _settled(problem, residual, part)
-        found = minimise(problem.rows(part, rest), v, room=room, tol=goal, max_iter=max_iter)
-        steps += found.steps
-        v = found.v
-        residual = design.dot(v) - y
-        wrong = _unsettled(problem, v, residual, sign)
-        if goal == last and not len(wrong):
-            break
-        before, room = part, NEAR
-        if goal > last:
-            part, goal = _smallest(residual, int(max(3 * m, len(part) / 4))), last
-        else:
-            part = np.union1d(part, wrong)
-    else:
-        part = before
-    multipliers = 2 * weight * (residual + problem.size(v) * np.sign(residual))
-    multipliers[part] = found.dual
-    return Found(v, multipliers, steps)
-
-
-def _sums(problem: Problem) -> tuple[Array, Array, float]:
-    """XᵀΩX, XᵀΩy and yᵀΩy."""
-
-    def sums() -> tuple[Array, Array, float]:
-        gram, moment = problem.design.gram(problem.weight, problem.y)
-        return gram, moment, float(problem.weight @ problem.y**2)
-
-    return _once(problem, "sums", sums)
-
-
-def _window(n: int, m: int) -> int:
-    """Return how many rows the first round works on."""
-    return int(max(FEW * m, min(WINDOW * n, CAP)))
-
-
-def _smallest(residual: Array, count: int) -> NDArray[np.intp]:
-    if count >= len(residual):
-        return np.arange(len(residual))
-    return np.sort(np.argpartition(np.abs(residual), count - 1)[:count])
-
-
-def _ridge(problem: Problem) -> Array:
-    """Ridge regression from the sums, its penalty that of c at its own solution."""
-    gram, moment, square = _sums(problem)
-    total, scale = float(problem.weight.sum()), problem.scale
-    costly = problem.penalised
-    shape = scale**2 * float((np.diag(gram)[costly] / scale[costly] ** 2).mean())
-    ridge = 0.1
-    for _ in range(2):
-        matrix = gram.copy()
-        matrix[np.diag_indices(len(gram))] += ridge * shape + 1e-12 * np.diag(gram)
-        v = _definite(matrix, moment)
-        fit = max(float(v @ (gram @ v) - 2 * moment @ v) + square, 1e-12 * square)
-        c, bent = problem.size(v), float(shape @ v**2)
-        new = c * (0.8 * np.sqrt(total * fit) + total * c) / max(bent, 1e-300)
-        if abs(np.log(new / ridge)) < 1:
-            break
-        ridge = new
-    return v

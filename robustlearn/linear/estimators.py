@@ -14,7 +14,8 @@ from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 from robustlearn.errors import InputError
 from robustlearn.linear import _losses
 from robustlearn.linear._design import Design, is_native
-from robustlearn.linear._solve import Problem, Solution, solve
+from robustlearn.linear._problem import Problem
+from robustlearn.linear._solve import Solution, solve
 from robustlearn.linear.closed_form import budget, dual_norm, units
 
 Array = NDArray[np.float64]

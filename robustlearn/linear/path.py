@@ -10,7 +10,8 @@ from sklearn.utils.validation import check_array, check_X_y
 from robustlearn.errors import InputError
 from robustlearn.linear import _losses
 from robustlearn.linear._design import Design
-from robustlearn.linear._solve import Found, Problem, Solution, solve, without
+from robustlearn.linear._problem import Found, Problem
+from robustlearn.linear._solve import Solution, solve, without
 from robustlearn.linear.closed_form import dual_norm, units
 from robustlearn.linear.estimators import weights
 

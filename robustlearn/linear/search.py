@@ -11,7 +11,8 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from robustlearn.errors import InputError
 from robustlearn.linear import _losses
-from robustlearn.linear._solve import Problem, without
+from robustlearn.linear._problem import Problem
+from robustlearn.linear._solve import without
 from robustlearn.linear.closed_form import units
 from robustlearn.linear.estimators import (
     AdversarialClassifier,
