@@ -176,7 +176,7 @@ def test_every_claim_in_the_conclusion_is_in_the_rows(found):
         for measure in _results.MEASURES:
             means = {m: found.values(setting, m, measure).mean() for m in found.methods}
             best = min(means, key=means.get)
-            heading = f"{setting}, {comparison.SPOKEN[measure]}: {best} has the lowest mean"
+            heading = f"{setting}, {_results.SPOKEN[measure]}: {best} has the lowest mean"
             assert f"{heading}, {means[best]:.3f}" in text
     assert text.count("the same numbers as “clean, worst case”") == 2
 
