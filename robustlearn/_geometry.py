@@ -40,7 +40,7 @@ def knapsack(gain: Tensor, room: Tensor | None, eps: Tensor) -> Tensor:
 
 def largest(worth: Tensor, count: Tensor) -> Tensor:
     """Mark the ``count`` largest positive entries of each row, (n, d) bool; ties to the first."""
-    order = worth.argsort(1, descending=True, stable=True)
+    order = worth.argsort(dim=1, descending=True, stable=True)
     rank = torch.arange(worth.shape[1], device=worth.device).expand_as(order)
     ranked = torch.zeros_like(order).scatter(1, order, rank)
     return (ranked < count[:, None]) & (worth > 0)
@@ -76,9 +76,9 @@ def crossing(gain: Tensor, room: Tensor, gap: Tensor, p: float) -> tuple[Tensor,
     worth = torch.where(gain > 0, gain * room, 0)
     within = (worth.sum(1) >= gap) & ((gap == 0) | (top.squeeze(1) > 0))
     if p <= 1:
-        order = gain.argsort(1, descending=True, stable=True)
+        order = gain.argsort(dim=1, descending=True, stable=True)
         if p == 0:
-            by_worth = worth.gather(1, order).argsort(1, descending=True, stable=True)
+            by_worth = worth.gather(1, order).argsort(dim=1, descending=True, stable=True)
             order = order.gather(1, by_worth)
         taken, rate = worth.gather(1, order), gain.gather(1, order)
         before = torch.nn.functional.pad(taken.cumsum(1)[:, :-1], (1, 0))

@@ -100,7 +100,7 @@ def _pairwise_norms(weight: Tensor, threat: LpBall) -> Tensor:
         reach = reach * threat.mask.reshape(-1)
     if threat.p == 0:  # one feature may gain anything
         differs = torch.stack([((row - weight) * reach != 0).any(1) for row in weight])
-        return torch.where(differs, torch.finfo(torch.float64).max, 0.0)
+        return differs.double() * torch.finfo(torch.float64).max
     q = conjugate(threat.p)
     return torch.stack([row_norm(((row - weight) * reach).abs(), q) for row in weight])
 
