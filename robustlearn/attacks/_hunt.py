@@ -192,6 +192,8 @@ class Hunt:
 
     def rivals(self, most: int) -> list[Toward | None]:
         """Return goals in the order of closeness: z_j − z_y of each rival, or the loss itself."""
+        if most < 1:
+            raise InputError(f"rivals starts at 1; got {most}")
         if self.loss is not losses.margin or self.size == 0:
             return [None]
         others = self.output.scatter(1, self.y[:, None], -torch.inf)
@@ -201,12 +203,13 @@ class Hunt:
     def open(self, most: int) -> Tensor:
         """Step across the nearest of the boundaries to the closest rivals, linearised at x.
 
-        One gradient for each of ``most`` rivals and one forward pass. Without rivals u = 0.
+        One gradient for each of ``most`` rivals and one forward pass. Where no boundary is in
+        reach u = 0.
         """
         rows, start = self.all(), torch.zeros_like(flat(self.x))
         best = torch.full_like(start[:, 0], torch.inf)
         chosen = start.clone()
-        for goal in self.rivals(most) if most and self.size else ():
+        for goal in self.rivals(most) if self.size else ():
             gradient, value, _ = self.look(start, rows, goal)
             step, within = self.cross(gradient, -value * (1 + BEYOND), rows)
             length = self.norm(step)
@@ -215,7 +218,7 @@ class Hunt:
                 torch.where(better, length, best),
                 torch.where(better[:, None], step, chosen),
             )
-        if most and self.size:
+        if self.size:
             self.test(chosen, rows)
         return chosen
 

@@ -37,8 +37,8 @@ def ddn(
     steps : of one gradient each.
     step_size : the first α; it falls to a hundredth along a cosine.
     gamma : γ, share of the radius; it falls to 0.001 along a cosine.
-    rivals : classes whose boundary, linearised at x, is looked at for the first step; 0 starts
-        at x.
+    rivals : classes whose boundary, linearised at x, is looked at for the first step, of one
+        gradient each.
 
     Returns
     -------
