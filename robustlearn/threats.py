@@ -377,7 +377,7 @@ class LpBall:
             units = self._on(self.scale, wide)
             reach = torch.where(units > 0, reach * (1 - ROUNDING) * units, 0)
         if self.mask is not None:
-            reach = torch.where(self.mask.to(wide.device), reach, 0)
+            reach = torch.where(self.mask.to(wide.device), self._on(reach, wide), 0)
         low, high = wide - reach, wide + reach
         if self.lower is not None:
             low = low.clamp_min(self._on(self.lower, wide))

@@ -56,6 +56,7 @@ class Hunt:
     low, high : (size, d) the walls.
     reach : (size,) ε, the farthest that counts.
     distance : (size,) float64, of the nearest adversarial point; infinite before the first.
+    height : (size,) the largest objective seen within ε.
     """
 
     def __init__(self, model: Model, x: Tensor, y: Tensor, threat: LpBall, loss: object) -> None:
@@ -78,6 +79,8 @@ class Hunt:
         self.low, self.high = (self._in_units(wall) for wall in (self.bottom, self.top))
         self.best = self.x.clone()
         self.distance = torch.full((self.size,), torch.inf, dtype=torch.float64, device=x.device)
+        self.highest = self.x.clone()  # of the points within ε that of largest objective
+        self.height = self.loss.objective(self.output, self.y)
 
     def _units(self) -> Tensor:
         units = torch.ones_like(self.x[:1]) if self.size else self.x
@@ -112,6 +115,10 @@ class Hunt:
     def all(self) -> Tensor:
         """Return the numbers of all samples that stand."""
         return torch.arange(self.size, device=self.x.device)
+
+    def rounds(self, steps: int) -> range:
+        """Count the steps, none where no sample stands."""
+        return range(steps if self.size else 0)
 
     def found(self) -> Tensor:
         """Return the numbers of the samples with an adversarial point."""
@@ -148,6 +155,9 @@ class Hunt:
         distance = self.threat.norm(point.double() - self.x[rows].double())
         nearer = broken & (distance < self.distance[rows])
         self.best[rows[nearer]], self.distance[rows[nearer]] = point[nearer], distance[nearer]
+        height = self.loss.objective(output, self.y[rows])
+        higher = (height > self.height[rows]) & (distance <= self.reach[rows])
+        self.highest[rows[higher]], self.height[rows[higher]] = point[higher], height[higher]
         return broken
 
     # ------------------------------------------------------------------ moves
@@ -194,7 +204,9 @@ class Hunt:
         """Return goals in the order of closeness: z_j − z_y of each rival, or the loss itself."""
         if most < 1:
             raise InputError(f"rivals starts at 1; got {most}")
-        if self.loss is not losses.margin or self.size == 0:
+        if self.size == 0:
+            return []
+        if self.loss is not losses.margin:
             return [None]
         others = self.output.scatter(1, self.y[:, None], -torch.inf)
         order = others.argsort(dim=1, descending=True, stable=True)[:, :-1]
@@ -209,7 +221,7 @@ class Hunt:
         rows, start = self.all(), torch.zeros_like(flat(self.x))
         best = torch.full_like(start[:, 0], torch.inf)
         chosen = start.clone()
-        for goal in self.rivals(most) if self.size else ():
+        for goal in self.rivals(most):
             gradient, value, _ = self.look(start, rows, goal)
             step, within = self.cross(gradient, -value * (1 + BEYOND), rows)
             length = self.norm(step)
@@ -267,8 +279,11 @@ class Hunt:
             broken = self.test(torch.where(rank < middle[:, None], u, 0), rows)
             low, high = torch.where(broken, low, middle), torch.where(broken, middle, high)
 
-    def end(self, last: Tensor) -> Tensor:
-        """Return the points found, as far as they lie within ε; else the last, drawn back into it.
+    def end(self, last: Tensor, polish: int) -> Tensor:
+        """Look at the last points, polish the nearest, and return what lies within ε.
+
+        Where nothing adversarial was found there, it is the point of largest objective that was
+        seen in the threat.
 
         Returns
         -------
@@ -276,12 +291,29 @@ class Hunt:
         """
         if self.size == 0:
             return self.everything.clone()
-        point = self.best
-        lost = ~self.distance.isfinite()
-        point = torch.where(column(lost, point), self.point(last, self.all()), point)
+        self.test(last, self.all())
+        self.polish(polish)
+        lost = (self.distance > self.reach).nonzero().squeeze(1)
+        self._draw_back(last, lost)
+        best = torch.where(column(self.distance > self.reach, self.x), self.highest, self.best)
         whole = self.everything.clone()
-        whole[self.kept] = self.threat.enclose(self.x, point)
+        whole[self.kept] = self.threat.enclose(self.x, best)
         return whole
+
+    def _draw_back(self, last: Tensor, rows: Tensor) -> None:
+        """Look where the threat ends: below the nearest points found, and along the gradient."""
+        if len(rows) == 0:
+            return
+        threat, x = self.threat.select(rows), self.x[rows]
+        far = torch.where(
+            column(self.distance[rows].isinf(), x), self.point(last[rows], rows), self.best[rows]
+        )
+        ends = [threat.enclose(x, far)]
+        if self.p > 0 or (threat.lower is not None and threat.upper is not None):
+            gradient, _, _ = self.model.gradient(x, self.y[rows], self.loss)
+            ends.append(threat.restrict(x, threat.argmax(gradient, x)))
+        for point in ends:
+            self._record(point, self.model(point), rows)
 
 
 def cosine(first: float, last: float, step: int, steps: int) -> float:

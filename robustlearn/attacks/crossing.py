@@ -43,7 +43,7 @@ def deepfool(
     Returns
     -------
     (n, *shape), in the threat without tolerance: the nearest adversarial point found, where it
-    lies within ε; else the last point, drawn back into the threat.
+    lies within ε; else the point of largest objective seen in the threat.
 
     Notes
     -----
@@ -52,10 +52,11 @@ def deepfool(
 
     Examples
     --------
-    >>> x, threat = torch.tensor([[0.9, 0.5]]), LpBall(2, 1.0, lower=0.0, upper=1.0)
-    >>> net = torch.nn.Linear(2, 2, bias=False)
-    >>> _ = net.weight.data.copy_(torch.tensor([[0.0, 0.0], [1.0, 0.2]])), net.weight.data[0].fill_(0.8)
-    >>> x_adv = deepfool(net, x, torch.tensor([0]), threat)
+    >>> net = torch.nn.Linear(2, 2)
+    >>> _ = net.weight.data.copy_(torch.tensor([[0.0, 0.0], [3.0, 4.0]])), net.bias.data.zero_()
+    >>> x_adv = deepfool(net, torch.tensor([[0.0, -1.0]]), torch.tensor([0]), LpBall(2, 1.0))
+    >>> x_adv.round(decimals=2)  # 0.8 away, along the weights
+    tensor([[ 0.4800, -0.3600]])
     """
     hunt = Hunt(model, x, y, threat, loss)
     goals = hunt.rivals(rivals)
@@ -66,8 +67,7 @@ def deepfool(
         u[rows] += (1 + overshoot) * _shortest(hunt, u[rows], rows, goals)
         u = u.clamp(hunt.low, hunt.high)
         rows = rows[~hunt.test(u[rows], rows)]
-    hunt.polish(polish)
-    return hunt.end(u)
+    return hunt.end(u, polish)
 
 
 def _shortest(hunt: Hunt, u: Tensor, rows: Tensor, goals: list[Toward | None]) -> Tensor:
@@ -130,7 +130,7 @@ def fab(
     """
     hunt = Hunt(model, x, y, threat, loss)
     u, rows = torch.zeros_like(flat(hunt.x)), hunt.all()
-    for goal in hunt.rivals(rivals) if hunt.size else ():
+    for goal in hunt.rivals(rivals):
         u = torch.zeros_like(u)
         for _ in range(steps):
             gradient, value, _ = hunt.look(u, rows, goal)
@@ -141,8 +141,7 @@ def fab(
             u = (1 - bias) * (u + eta * onwards) + bias * eta * direct
             u = u.clamp(hunt.low, hunt.high)
             u = torch.where(hunt.test(u, rows)[:, None], beta * u, u)
-    hunt.polish(polish)
-    return hunt.end(u)
+    return hunt.end(u, polish)
 
 
 def _to_boundary(

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from robustlearn._geometry import knapsack
 from robustlearn.attacks._hunt import Hunt, cosine, unit
 from robustlearn.attacks.base import attack
 from robustlearn.models import Model
@@ -21,8 +22,8 @@ def ddn(
     *,
     loss: Any = None,
     steps: int = 100,
-    step_size: float = 0.5,
-    gamma: float = 0.05,
+    step_size: float = 1.0,
+    gamma: float = 0.2,
     rivals: int = 9,
     polish: int = 5,
 ) -> Tensor:
@@ -46,8 +47,8 @@ def ddn(
 
     Notes
     -----
-    Source: Rony et al. (2019). There the step is absolute, γ stays, and the box is applied after
-    the sphere; here the cut keeps the radius.
+    Source: Rony et al. (2019). There the step is absolute, γ stays at 0.05, and the box is
+    applied after the sphere; here the cut keeps the radius.
 
     Examples
     --------
@@ -58,7 +59,7 @@ def ddn(
     """
     hunt = Hunt(model, x, y, threat, loss)
     u, radius = _start(hunt, rivals)
-    for step in range(steps if hunt.size else 0):
+    for step in hunt.rounds(steps):
         gradient, _, broken = hunt.look(u, hunt.all())
         change = cosine(gamma, 0.001, step, steps)
         radius = torch.where(broken, radius * (1 - change), radius * (1 + change))
@@ -66,9 +67,7 @@ def ddn(
         alpha = cosine(step_size, step_size / 100, step, steps)
         wish = u + alpha * radius[:, None] * unit(hunt.inward(gradient, u))
         u = hunt.stretch(wish, radius)
-    hunt.test(u, hunt.all()) if hunt.size else None
-    hunt.polish(polish)
-    return hunt.end(u)
+    return hunt.end(u, polish)
 
 
 @attack(needs="gradient", norms="0, 1, 2, inf", minimal=True)
@@ -80,22 +79,23 @@ def fmn(
     *,
     loss: Any = None,
     steps: int = 100,
-    step_size: float = 1.0,
-    gamma: float = 0.05,
+    step_size: float | None = None,
+    gamma: float = 0.2,
     rivals: int = 9,
     polish: int = 5,
 ) -> Tensor:
     """Ascend within a ball whose radius follows the nearest adversarial point found.
 
-    u ← project(u + α·r'·∇/‖∇‖₂) on ‖u‖_p ≤ r and the walls, where r' is the Euclidean size of
-    the ball; r ← (1 − γ)·min(r, ‖u_best‖) where u is adversarial, (1 + γ)r where not, and before
-    the first success ‖u‖ and the distance to the boundary linearised at u; u = δ / scale.
+    u ← project(u + the steepest step of ‖·‖_p = α·r) on ‖u‖_p ≤ r and the walls; where u is
+    adversarial r ← (1 − γ)·min(r, ‖u_best‖), where not r ← (1 + γ)r, and before the first success
+    ‖u‖ plus the distance to the boundary linearised at u; u = δ / scale.
 
     Parameters
     ----------
     x, y, loss, polish, rivals : as for `ddn`.
     steps : of one gradient each.
-    step_size : the first α; it falls to a hundredth along a cosine.
+    step_size : the first α, by default 1, and 4 for p = 1; it falls to a hundredth along a
+        cosine.
     gamma : γ, share of the radius (at least one feature for p = 0); it falls to 0.001 along a
         cosine.
 
@@ -105,8 +105,9 @@ def fmn(
 
     Notes
     -----
-    Source: Pintor et al. (2021). There the step is absolute and the box is applied after the
-    projection; here the projection on ball and box is exact.
+    Source: Pintor et al. (2021). There the step is absolute and along ∇/‖∇‖₂ for every p, γ is
+    0.05, and the box is applied after the projection; here the projection on ball and box is
+    exact. For p = 0 the step is ∇/‖∇‖₂ of length α·√r.
 
     Examples
     --------
@@ -117,16 +118,14 @@ def fmn(
     """
     hunt = Hunt(model, x, y, threat, loss)
     u, radius = _start(hunt, rivals)
-    for step in range(steps if hunt.size else 0):
+    first = step_size or (4.0 if hunt.p == 1 else 1.0)
+    for step in hunt.rounds(steps):
         gradient, value, broken = hunt.look(u, hunt.all())
         change = cosine(gamma, 0.001, step, steps)
         radius = _followed(hunt, u, radius, gradient, value, broken, change)
-        alpha = cosine(step_size, step_size / 100, step, steps)
-        width = _width(hunt, u, radius)[:, None]
-        u = hunt.project(u + alpha * width * unit(hunt.inward(gradient, u)), radius)
-    hunt.test(u, hunt.all()) if hunt.size else None
-    hunt.polish(polish)
-    return hunt.end(u)
+        alpha = cosine(first, first / 100, step, steps)
+        u = hunt.project(u + _steepest(hunt, u, gradient, alpha * radius), radius)
+    return hunt.end(u, polish)
 
 
 def _start(hunt: Hunt, rivals: int) -> tuple[Tensor, Tensor]:
@@ -159,8 +158,12 @@ def _followed(
     return torch.minimum(torch.where(broken, smaller, larger), hunt.reach.to(radius.dtype))
 
 
-def _width(hunt: Hunt, u: Tensor, radius: Tensor) -> Tensor:
-    """Return the Euclidean size of the ball: of its corner for p = ∞, of u for p = 0."""
+def _steepest(hunt: Hunt, u: Tensor, gradient: Tensor, size: Tensor) -> Tensor:
+    """Return the step of ‖·‖_p = size that gains most; for p = 0 of ‖·‖₂ = √size, of any width."""
+    inward = hunt.inward(gradient, u)
     if math.isinf(hunt.p):
-        return radius * math.sqrt(u.shape[1])
-    return radius if hunt.p > 0 else radius.sqrt()
+        return size[:, None] * inward.sign()
+    if hunt.p == 1:
+        room = torch.where(gradient > 0, hunt.high - u, u - hunt.low)
+        return knapsack(inward.abs(), room, size) * gradient.sign()
+    return (size if hunt.p else size.sqrt())[:, None] * unit(inward)

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from robustlearn._tensor import flat
-from robustlearn.attacks._hunt import FAR, Hunt, cosine
+from robustlearn.attacks._hunt import Hunt, cosine
 from robustlearn.attacks.base import attack
 from robustlearn.errors import InputError
 from robustlearn.models import Model
 from robustlearn.threats import LpBall
 
 BETAS = 0.9, 0.999  # of Adam
+TINY = 1e-8  # what Adam adds to its divisor
 SMOOTH = 1e-3  # σ of the smooth count, in widths of the box, squared
 
 
@@ -26,7 +27,7 @@ def carlini_wagner(
     loss: Any = None,
     steps: int = 40,
     searches: int = 4,
-    step_size: float = 0.1,
+    step_size: float = 0.03,
     confidence: float = 0.0,
     rivals: int = 9,
     polish: int = 5,
@@ -69,12 +70,11 @@ def carlini_wagner(
     c = torch.full_like(length, 4.0)
     low, high = torch.zeros_like(c), torch.full_like(c, torch.inf)
     u = torch.zeros_like(first)
-    for _ in range(searches if hunt.size else 0):
+    for _ in hunt.rounds(searches):
         u, won = _descent(hunt, c, length, steps, step_size, confidence)
         low, high = torch.where(won, low, c), torch.where(won, c, high)
         c = torch.where(high.isinf(), 5 * c, (low + high) / 2)
-    hunt.polish(polish)
-    return hunt.end(u)
+    return hunt.end(u, polish)
 
 
 def _descent(
@@ -83,7 +83,7 @@ def _descent(
     """Minimise for one c per sample; return the last u, and whether any point was adversarial."""
     rows, length = hunt.all(), length[:, None]
     u = torch.zeros_like(flat(hunt.x))
-    first, second = torch.zeros_like(u), torch.zeros_like(u)
+    adam = _Adam()
     won, start = torch.zeros_like(c, dtype=torch.bool), None
     for step in range(steps):
         gradient, value, broken = hunt.look(u, rows)
@@ -92,13 +92,8 @@ def _descent(
         pull = torch.where(short, (c / start)[:, None] * gradient * length, 0)
         slope = 2 * u / length - pull
         won |= broken
-        first = BETAS[0] * first + (1 - BETAS[0]) * slope
-        second = BETAS[1] * second + (1 - BETAS[1]) * slope.square()
-        mean = first / (1 - BETAS[0] ** (step + 1))
-        size = (second / (1 - BETAS[1] ** (step + 1))).sqrt()
         rate = cosine(step_size, step_size / 100, step, steps)
-        u = u - rate * length * mean / (size + 1e-8)
-        u = u.clamp(hunt.low, hunt.high)
+        u = (u - rate * length * adam.step(slope)).clamp(hunt.low, hunt.high)
     return u, won | hunt.test(u, rows)
 
 
@@ -119,7 +114,7 @@ def sigma_zero(
 ) -> Tensor:
     """Descend the margin and a smooth count of changed features; small changes are set to zero.
 
-    Σ u²/(u² + σ)/d + max(0, margin), by normalised steps in u = δ / width of the box, and after
+    Σ u²/(u² + σ)/d + max(0, margin), by Adam on normalised slopes in u = δ / width of the box, and after
     each of them u ← 0 where |u| < τ; τ rises while u is adversarial and falls while not.
 
     Parameters
@@ -153,20 +148,33 @@ def sigma_zero(
     hunt = Hunt(model, x, y, threat, loss)
     if threat.lower is None or threat.upper is None:
         raise InputError("sigma_zero counts in widths of the box: give lower and upper")
-    u, rows = hunt.open(rivals), hunt.all()
+    u, rows, adam = torch.zeros_like(hunt.open(rivals)), hunt.all(), _Adam()
     tau = torch.full_like(u[:, :1], threshold)
-    for step in range(steps if hunt.size else 0):
+    for step in hunt.rounds(steps):
         alpha = cosine(step_size, step_size / 10, step, steps)
         gradient, _, broken = hunt.look(u, rows)
         broken = broken[:, None]
         count = 2 * SMOOTH * u / (u.square() + SMOOTH).square() / u.shape[1]
-        slope = count - torch.where(broken, 0, _by_largest(hunt.inward(gradient, u)))
-        u = (u - alpha * _by_largest(slope)).clamp(hunt.low, hunt.high)
+        slope = count - torch.where(broken, 0, _by_largest(gradient))
+        u = (u - alpha * adam.step(_by_largest(slope))).clamp(hunt.low, hunt.high)
         tau = torch.where(broken, tau + change * alpha, tau - change * alpha).clamp(0, 1)
         u = torch.where(u.abs() < tau, 0, u)
-    hunt.test(u, rows) if hunt.size else None
-    hunt.polish(polish)
-    return hunt.end(u)
+    return hunt.end(u, polish)
+
+
+class _Adam:
+    """Running means of slopes and of their squares, and the step that they make."""
+
+    def __init__(self) -> None:
+        self.steps, self.mean, self.square = 0, torch.zeros(()), torch.zeros(())
+
+    def step(self, slope: Tensor) -> Tensor:
+        """Return mean/√square, both freed from the bias of their start at 0."""
+        self.steps += 1
+        self.mean = BETAS[0] * self.mean.to(slope) + (1 - BETAS[0]) * slope
+        self.square = BETAS[1] * self.square.to(slope) + (1 - BETAS[1]) * slope.square()
+        size = (self.square / (1 - BETAS[1] ** self.steps)).sqrt()
+        return self.mean / (1 - BETAS[0] ** self.steps) / (size + TINY)
 
 
 def _by_largest(rows: Tensor) -> Tensor:
