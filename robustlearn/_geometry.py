@@ -12,8 +12,11 @@ def conjugate(p: float) -> float:
 
 
 def row_norm(magnitude: Tensor, p: float) -> Tensor:
-    """‖row‖_p of non-negative rows; powers of huge or tiny entries do not overflow or vanish."""
-    if p == 1 or math.isinf(p):
+    """‖row‖_p of non-negative rows, for p = 0 the number of entries that are not zero.
+
+    Powers of huge or tiny entries do not overflow or vanish.
+    """
+    if p in (0, 1) or math.isinf(p):
         return torch.linalg.vector_norm(magnitude, p, dim=1)
     top = magnitude.amax(1)
     safe = torch.where((top > 0) & top.isfinite(), top, 1)
@@ -33,6 +36,61 @@ def knapsack(gain: Tensor, room: Tensor | None, eps: Tensor) -> Tensor:
     left = (eps[:, None] - before).clamp(min=0)
     spent = torch.where(by_gain > 0, torch.minimum(space, left), 0)
     return torch.zeros_like(gain).scatter(1, order, spent)
+
+
+def largest(worth: Tensor, count: Tensor) -> Tensor:
+    """Mark the ``count`` largest positive entries of each row, (n, d) bool; ties to the first."""
+    order = worth.argsort(dim=1, descending=True, stable=True)
+    rank = torch.arange(worth.shape[1], device=worth.device).expand_as(order)
+    ranked = torch.zeros_like(order).scatter(1, order, rank)
+    return (ranked < count[:, None]) & (worth > 0)
+
+
+def nearest_in_l0(size: Tensor, room: Tensor, eps: Tensor) -> Tensor:
+    """min ‖u − size‖₂ over at most ε entries other than 0, 0 ≤ u ≤ room ≤ size.
+
+    An entry that may move spares size² − (size − room)² = room·(2·size − room).
+    """
+    return torch.where(largest(room * (2 * size - room), eps.squeeze(1)), room, 0)
+
+
+def crossing(gain: Tensor, room: Tensor, gap: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """min ‖u‖_p over Σ gainⱼuⱼ ≥ gap, 0 ≤ u ≤ room: the nearest point of a halfspace in a box.
+
+    The maximiser of Σ gainⱼuⱼ in a ball (see `LpBall`) at the least radius that suffices: filled
+    in the order of gain for p = 1 and of gain·room for p = 0, min(t, room) for p = ∞, and
+    min(room, t·gain^(1/(p−1))) for 1 < p < ∞, with t as `level` finds it. Exact, O(d log d).
+
+    Parameters
+    ----------
+    gain, room : (n, d), non-negative; ``room`` may be infinite.
+    gap : (n,); where it is not positive, u is 0.
+
+    Returns
+    -------
+    u (n, d), and (n,) bool whether it suffices; where not, u goes to the walls.
+    """
+    top = gain.amax(1, keepdim=True)
+    safe = torch.where(top > 0, top, 1)
+    gain, gap = gain / safe, (gap / safe.squeeze(1)).clamp(min=0)
+    worth = torch.where(gain > 0, gain * room, 0)
+    within = (worth.sum(1) >= gap) & ((gap == 0) | (top.squeeze(1) > 0))
+    if p <= 1:
+        order = gain.argsort(dim=1, descending=True, stable=True)
+        if p == 0:
+            by_worth = worth.gather(1, order).argsort(dim=1, descending=True, stable=True)
+            order = order.gather(1, by_worth)
+        taken, rate = worth.gather(1, order), gain.gather(1, order)
+        before = torch.nn.functional.pad(taken.cumsum(1)[:, :-1], (1, 0))
+        spent = torch.where(rate > 0, ((gap[:, None] - before) / rate).clamp(min=0), 0)
+        u = torch.zeros_like(gain).scatter(1, order, spent)
+    else:
+        slope = torch.ones_like(gain) if math.isinf(p) else gain ** (1 / (p - 1))
+        slope = torch.where(gain > 0, slope, 0)
+        cap = torch.where(slope > 0, room / slope, torch.inf)
+        t = level(gain * slope, cap, gap)[:, None]
+        u = torch.where((slope > 0) & (gap > 0)[:, None], t * slope, 0)
+    return torch.minimum(u, torch.where(gain > 0, room, 0)), within
 
 
 def nearest_in_l2(size: Tensor, room: Tensor, eps: Tensor) -> Tensor:

@@ -18,8 +18,10 @@ from robustlearn import _tensor
 from robustlearn._geometry import (
     conjugate,
     knapsack,
+    largest,
     level,
     nearest_in_ellipsoid,
+    nearest_in_l0,
     nearest_in_l1,
     nearest_in_l2,
     row_norm,
@@ -36,9 +38,10 @@ class LpBall:
 
     Parameters
     ----------
-    p : 1 ≤ p ≤ ∞. ``norm``, ``support`` and ``argmax`` take any p, ``project`` and
-        ``sample`` take 1, 2 and ∞.
-    eps : budget ε ≥ 0, a number or one per sample, in units of ``scale``.
+    p : 1 ≤ p ≤ ∞, or 0. ``norm``, ``support`` and ``argmax`` take any p, ``project`` and
+        ``sample`` take 0, 1, 2 and ∞.
+    eps : budget ε ≥ 0, a number or one per sample, in units of ``scale``; for p = 0 how many
+        features may change, each as far as the box lets it.
     lower, upper : the box that x + δ must stay in: a number or an array of the sample's
         shape; None for no wall.
     mask : array of the sample's shape, True where a feature may change; None for everywhere.
@@ -53,7 +56,9 @@ class LpBall:
     wall that gₖ points at (in units of scale), the maximum of ⟨g, δ⟩ is the separable problem
     max Σ cₖuₖ over ‖u‖_p ≤ ε, 0 ≤ u ≤ r. It is filled greedily for p = 1 (a fractional
     knapsack), cut at ε for p = ∞, and for 1 < p < ∞ its solution is
-    uₖ = min(rₖ, t·cₖ^(1/(p−1))) at the one level t that spends the budget.
+    uₖ = min(rₖ, t·cₖ^(1/(p−1))) at the one level t that spends the budget. For p = 0 it is rₖ at
+    the ⌊ε⌋ features of largest cₖrₖ; that set is a cone without its box, so ``argmax`` and
+    ``sample`` need both walls. It is not convex, but δ may be shortened in it.
 
     Examples
     --------
@@ -74,8 +79,10 @@ class LpBall:
     scale: Any = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        if isinstance(self.p, bool) or not isinstance(self.p, numbers.Real) or not self.p >= 1:
-            raise InputError(f"p must be a number from 1 to math.inf; got {self.p!r}")
+        if isinstance(self.p, bool) or not isinstance(self.p, numbers.Real) or not (
+            self.p >= 1 or self.p == 0
+        ):
+            raise InputError(f"p must be a number from 1 to math.inf, or 0; got {self.p!r}")
         object.__setattr__(self, "p", float(self.p))
         object.__setattr__(self, "eps", _budget(self.eps))
         for name in ("lower", "upper", "scale"):
@@ -100,7 +107,7 @@ class LpBall:
     # ------------------------------------------------------------------ the five operations
 
     def norm(self, delta: Tensor) -> Tensor:
-        """‖δ / scale‖_p per sample; infinite where a frozen feature moved.
+        """‖δ / scale‖_p per sample, a count for p = 0; infinite where a frozen feature moved.
 
         Returns
         -------
@@ -112,6 +119,8 @@ class LpBall:
             moved = torch.where(units > 0, moved / units, torch.where(moved > 0, torch.inf, 0))
         if frozen is not None:
             moved = torch.where(frozen & (moved > 0), torch.inf, moved)
+        if self.p == 0:
+            return torch.where(moved.isinf().any(1), torch.inf, row_norm(moved, 0))
         return row_norm(moved, self.p)
 
     def support(self, g: Tensor, x: Tensor | None = None) -> Tensor:
@@ -128,10 +137,14 @@ class LpBall:
 
         Returns
         -------
-        (n,) in the dtype of ``g``; infinite nowhere.
+        (n,) in the dtype of ``g``; infinite nowhere, but for p = 0 where there is no wall.
         """
         gain, eps = self.gain(g), self._eps(g)
         room = self.room(g, x)
+        if self.p == 0:
+            room = torch.full_like(gain, torch.inf) if room is None else room
+            worth = torch.where(gain > 0, gain * room, 0)
+            return torch.where(largest(worth, eps.floor()), worth, 0).sum(1)
         dual = conjugate(self.p)
         if room is None:
             return eps * row_norm(gain, dual)
@@ -159,6 +172,8 @@ class LpBall:
             spent = spent if room is None else torch.minimum(spent, room)
         elif self.p == 1:
             spent = knapsack(gain, room, eps)
+        elif self.p == 0:
+            spent = self._fewest(gain, room, eps)
         else:
             spent = self._filled(gain, room, eps)
         units = self._units(g)
@@ -168,8 +183,8 @@ class LpBall:
     def project(self, delta: Tensor, x: Tensor | None = None) -> Tensor:
         """Return the member of the set that is nearest to ``delta`` in Euclidean distance.
 
-        Exact up to the rounding of the dtype for p = 1, 2 and ∞, box, mask and scale
-        included; use `restrict` for a point that is feasible without tolerance.
+        Exact up to the rounding of the dtype for p = 0, 1, 2 and ∞, box, mask and scale
+        included (for p = 0 one of the nearest); use `restrict` for a point that is feasible without tolerance.
 
         Returns
         -------
@@ -198,8 +213,8 @@ class LpBall:
             shape = like.shape if low.numel() == like.numel() else (-1, *[1] * (like.dim() - 1))
             low, high = low.reshape(shape), high.reshape(shape)
             return lambda delta: delta.clamp(low, high)
-        if self.p not in (1, 2):
-            raise InputError(f"project knows p = 1, 2 and inf, not {self.p}")
+        if self.p not in (0, 1, 2):
+            raise InputError(f"project knows p = 0, 1, 2 and inf, not {self.p}")
         return lambda delta: self._nearest(delta, walls, units, eps)
 
     def _nearest(
@@ -209,7 +224,7 @@ class LpBall:
         units: Tensor | None,
         eps: Tensor,
     ) -> Tensor:
-        """Project for p = 1 and 2."""
+        """Project for p = 0, 1 and 2."""
         wanted = flat(delta) if walls is None else flat(delta).clamp(*walls)
         if units is not None:
             wanted = torch.where(units > 0, wanted, 0)
@@ -220,7 +235,9 @@ class LpBall:
         if not bool(outside.any()):
             return wanted.reshape(delta.shape)
         size, room = flat(delta).abs(), wanted.abs()  # a nearer point goes no further than both
-        if self.p == 1:
+        if self.p == 0:
+            nearest = nearest_in_l0(size, room, eps.floor())
+        elif self.p == 1:
             nearest = nearest_in_l1(size, room, units, eps)
         elif units is None:
             nearest = nearest_in_l2(size, room, eps)
@@ -243,7 +260,8 @@ class LpBall:
     ) -> Tensor:
         """Return a random δ of the set for each point of ``like``.
 
-        Uniform in the ball (p = 1, 2, ∞), then projected into the box.
+        Uniform in the ball (p = 1, 2, ∞), then projected into the box; for p = 0 uniform between
+        the walls of ⌊ε⌋ random features.
 
         Parameters
         ----------
@@ -257,6 +275,8 @@ class LpBall:
         """
         keys, shape = _tensor.keys(generator, like), tuple(like.shape[1:])
         d = max(1, math.prod(shape))
+        if self.p == 0:
+            return self._scattered(keys, like)
         if math.isinf(self.p):
             drawn = 2 * _tensor.uniform(keys, shape, like.dtype) - 1
         elif self.p == 2:
@@ -265,7 +285,7 @@ class LpBall:
             signed = 2 * _tensor.uniform(keys, shape, like.dtype) - 1
             drawn = -torch.log1p(-signed.abs()) * signed.sign()
         else:
-            raise InputError(f"sample knows p = 1, 2 and inf, not {self.p}")
+            raise InputError(f"sample knows p = 0, 1, 2 and inf, not {self.p}")
         if not math.isinf(self.p):
             depth = _tensor.uniform(_tensor.fold(keys, 2), (), like.dtype) ** (1 / d)
             size = row_norm(flat(drawn).abs(), self.p).clamp_min(torch.finfo(like.dtype).tiny)
@@ -276,6 +296,19 @@ class LpBall:
         walled = self.lower is not None or self.upper is not None or self.mask is not None
         return self.project(stretched, like) if walled else stretched
 
+    def _scattered(self, keys: Tensor, like: Tensor) -> Tensor:
+        """Sample for p = 0."""
+        walls = self._walls(like, like)
+        if self.lower is None or self.upper is None or walls is None:
+            raise InputError("p = 0 bounds no change by itself: give the threat lower and upper")
+        shape = tuple(like.shape[1:])
+        units, (fall, rise) = self._units(like), walls
+        free = (rise > fall) & (units is None or units > 0)
+        lot = 1 - flat(_tensor.uniform(_tensor.fold(keys, 0), shape, like.dtype))
+        chosen = largest(torch.where(free, lot, 0), self._eps(like).floor())
+        share = flat(_tensor.uniform(_tensor.fold(keys, 1), shape, like.dtype))
+        return torch.where(chosen, fall + share * (rise - fall), 0).reshape(like.shape)
+
     # ------------------------------------------------------------------ points and checks
 
     def restrict(self, x: Tensor, delta: Tensor) -> Tensor:
@@ -284,7 +317,7 @@ class LpBall:
         The projection is done in float64 and every coordinate of x + δ' is rounded towards x,
         so that the point stays inside when its distance and box are checked in float64. Exact
         but for that last rounding (one unit in the last place of x, and 2⁻⁴⁶ of ε for finite p
-        or a scale); for p outside {1, 2, ∞} the box is applied first and δ then scaled, which
+        or a scale); for p outside {0, 1, 2, ∞} the box is applied first and δ then scaled, which
         is feasible but not nearest.
 
         Returns
@@ -303,8 +336,10 @@ class LpBall:
             return direct
         wide = x.double()
         step = point.double() - wide
-        inner = dataclasses.replace(self, eps=self.eps * (1 - ROUNDING))
-        if self.p in (1, 2):
+        inner = self
+        if self.p > 0:
+            inner = dataclasses.replace(self, eps=self.eps * (1 - ROUNDING))
+        if self.p in (0, 1, 2):
             step = inner.project(step, wide)
         elif (walls := self._walls(step, wide)) is not None:
             step = flat(step).clamp(*walls).reshape(step.shape)
@@ -325,9 +360,10 @@ class LpBall:
         return torch.where(column(inside, x), direct, nearest)
 
     def span(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the smallest and the largest value allowed to every coordinate, for p = ∞.
+        """Return the smallest and the largest value allowed to every coordinate by itself.
 
-        In the dtype of x and without tolerance: what lies between them passes `contains`.
+        In the dtype of x and without tolerance: for p = ∞ what lies between them passes
+        `contains`; for p = 0 they are the box, or infinite.
 
         Returns
         -------
@@ -335,10 +371,13 @@ class LpBall:
         """
         wide = x.double()
         reach: Any = self.eps if isinstance(self.eps, float) else per_sample(self.eps, wide)
+        if self.p == 0:
+            reach = per_sample(torch.where(torch.as_tensor(self.eps) >= 1, torch.inf, 0.0), wide)
         if self.scale is not None:
-            reach = reach * (1 - ROUNDING) * self._on(self.scale, wide)
+            units = self._on(self.scale, wide)
+            reach = torch.where(units > 0, reach * (1 - ROUNDING) * units, 0)
         if self.mask is not None:
-            reach = reach * self.mask.to(wide)
+            reach = torch.where(self.mask.to(wide.device), self._on(reach, wide), 0)
         low, high = wide - reach, wide + reach
         if self.lower is not None:
             low = low.clamp_min(self._on(self.lower, wide))
@@ -500,6 +539,13 @@ class LpBall:
         cap = torch.where(slope > 0, room / slope, torch.inf) / unit[:, None]
         return eps * level(slope**self.p, cap**self.p, torch.ones_like(eps)) ** (1 / self.p)
 
+    def _fewest(self, gain: Tensor, room: Tensor | None, eps: Tensor) -> Tensor:
+        """Return the maximiser u for p = 0: to the wall wherever that gains most."""
+        worth = None if room is None else torch.where(gain > 0, gain * room, 0)
+        if room is None or worth is None or bool(worth.isinf().any()):
+            raise InputError("p = 0 bounds no change by itself: give the threat lower and upper")
+        return torch.where(largest(worth, eps.floor()), room, 0)
+
     def _filled(self, gain: Tensor, room: Tensor | None, eps: Tensor) -> Tensor:
         """Return the maximiser u for 1 < p < ∞."""
         slope = self.slope(gain)
@@ -525,11 +571,11 @@ class LpBall:
 
 
 def parse_norm(text: str) -> float:
-    """Read ``linf``, ``l2``, ``l1``, ``inf`` or a number from 1 up."""
+    """Read ``linf``, ``l2``, ``l1``, ``l0``, ``inf`` or a number."""
     try:
         return float(text.strip().lower().removeprefix("l"))
     except ValueError:
-        raise InputError(f"the norm must be linf, l2, l1 or a number; got {text!r}") from None
+        raise InputError(f"the norm must be linf, l2, l1, l0 or a number; got {text!r}") from None
 
 
 def _budget(eps: Any) -> float | Tensor:

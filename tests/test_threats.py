@@ -231,8 +231,8 @@ def test_eps_zero_is_a_point():
         (lambda: LpBall(2, 1.0, mask=[0.5, 1.0]), "mask must be boolean"),
         (lambda: LpBall(2, 1.0, lower=math.nan), "lower holds NaN"),
         (lambda: LpBall(2, 1.0, lower=0.0).support(torch.ones(1, 2)), "needs the points x"),
-        (lambda: LpBall(3, 1.0).project(torch.ones(1, 2)), "project knows p = 1, 2 and inf"),
-        (lambda: LpBall(3, 1.0).sample(torch.ones(1, 2)), "sample knows p = 1, 2 and inf"),
+        (lambda: LpBall(3, 1.0).project(torch.ones(1, 2)), "project knows p = 0, 1, 2 and inf"),
+        (lambda: LpBall(3, 1.0).sample(torch.ones(1, 2)), "sample knows p = 0, 1, 2 and inf"),
         (
             lambda: LpBall(2, 1.0, upper=1.0).check(torch.full((2, 2), 255.0)),
             r"data outside the box: x spans \[255, 255\].*scale x",

@@ -20,7 +20,7 @@ Needs = Literal["gradient", "scores", "affine"]
 ATTACKS = Registry("attack")
 
 
-def attack(*, needs: Needs, norms: str = "any") -> Callable[[Attack], Attack]:
+def attack(*, needs: Needs, norms: str = "any", minimal: bool = False) -> Callable[[Attack], Attack]:
     """File a function as an attack, and surround it with what every attack owes its caller.
 
     Around the function the input is checked against the threat, the model is held ready and put
@@ -32,6 +32,8 @@ def attack(*, needs: Needs, norms: str = "any") -> Callable[[Attack], Attack]:
     needs : ``"gradient"``, ``"scores"`` (outputs only, so it takes black boxes too), or
         ``"affine"`` (a model that is affine and says so).
     norms : ``"any"``, or the p of the threats it takes, as in ``"1, 2, inf"``.
+    minimal : whether it looks for the nearest misclassified point, so that its distances are to
+        be believed; a regressor has none.
     """
 
     def decorate(function: Attack) -> Attack:
@@ -59,7 +61,7 @@ def attack(*, needs: Needs, norms: str = "any") -> Callable[[Attack], Attack]:
                     check_range(model, labels)
                 return function(model, x.detach(), labels, threat, **options)
 
-        ATTACKS.register(name, needs=needs, norms=norms)(run)
+        ATTACKS.register(name, needs=needs, norms=norms, minimal=minimal)(run)
         return run
 
     return decorate
@@ -72,6 +74,8 @@ def unsuitable(name: str, model: Model, threat: LpBall, shape: tuple[int, ...]) 
         return f"{name} needs gradients, and {model.name} is a black box"
     if facts["needs"] == "affine" and model.affine(shape) is None:
         return f"{name} needs a linear model, and {model.name} is not known to be one"
+    if facts["minimal"] and model.task == "regression":
+        return f"{name} looks for the nearest misclassified point, and {model.name} is a regressor"
     known = facts["norms"]
     if known != "any" and threat.p not in {float(p) for p in known.split(",")}:
         norm = "inf" if math.isinf(threat.p) else f"{threat.p:g}"

@@ -98,6 +98,9 @@ def _pairwise_norms(weight: Tensor, threat: LpBall) -> Tensor:
         reach = reach * torch.as_tensor(threat.scale, dtype=torch.float64).reshape(-1)
     if threat.mask is not None:
         reach = reach * threat.mask.reshape(-1)
+    if threat.p == 0:  # one feature may gain anything
+        differs = torch.stack([((row - weight) * reach != 0).any(1) for row in weight])
+        return differs.double() * torch.finfo(torch.float64).max
     q = conjugate(threat.p)
     return torch.stack([row_norm(((row - weight) * reach).abs(), q) for row in weight])
 
@@ -125,10 +128,17 @@ def _radius(threat: LpBall, direction: Tensor, gap: Tensor, x: Tensor) -> Tensor
     """Return the smallest ε with support(direction) = gap: the inverse of the worst case.
 
     With gains c = |v|·scale and rooms r (see `LpBall`) the loss of margin is Σ cₖuₖ, where u is
-    the knapsack for p = 1 and min(rₖ, t·cₖ^(1/(p−1))) otherwise (exponent 0 for p = ∞): piecewise
+    the knapsack for p = 1 (for p = 0 whole features in the order of cₖrₖ) and min(rₖ, t·cₖ^(1/(p−1))) otherwise (exponent 0 for p = ∞): piecewise
     linear in the budget or in t, so it is inverted in one pass.
     """
     gain, room = threat.gain(direction), threat.room(direction, x)
+    if threat.p == 0:
+        room = torch.full_like(gain, torch.inf) if room is None else room
+        worth = torch.where(gain > 0, gain * room, 0)
+        taken = worth.sort(1, descending=True).values.cumsum(1)
+        count = 1.0 + (taken < gap[:, None]).sum(1)
+        count = torch.where(taken[:, -1] >= gap, count, torch.inf)
+        return torch.where(gap > 0, count, 0)
     if room is None:
         norm = row_norm(gain, conjugate(threat.p))
         return torch.where(gap > 0, gap / norm, 0)
@@ -153,6 +163,9 @@ def _radius(threat: LpBall, direction: Tensor, gap: Tensor, x: Tensor) -> Tensor
 
 def _rounding(model: Model, x: Tensor, threat: LpBall) -> Tensor:
     """Bound how far the model's own arithmetic may move an output over the threat."""
+    if threat.p == 0:
+        low, high = threat.span(x)
+        return model.rounding(torch.maximum(low.abs(), high.abs()))
     eps = torch.as_tensor(threat.eps, dtype=torch.float64).reshape(-1, *[1] * (x.dim() - 1))
     scale = 1.0 if threat.scale is None else torch.as_tensor(threat.scale)
     return model.rounding(x.abs() + eps * scale)
