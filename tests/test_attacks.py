@@ -14,7 +14,7 @@ from robustlearn import losses
 from robustlearn.attacks import ATTACKS, pgd, unsuitable
 
 BUDGET = {1: 2.0, 2: 0.6, math.inf: 0.15}
-FEW = {"pgd": {"steps": 6}, "square": {"queries": 12}}
+FEW = {"pgd": {"steps": 6}, "apgd": {"steps": 12}, "square": {"queries": 12}}
 SHAPES = {"1-D": (), "2-D": (6,), "3-D": (4, 5), "4-D": (2, 5, 5)}
 
 

@@ -15,6 +15,8 @@ from robustlearn.models import Model
 from robustlearn.models.base import Objective
 from robustlearn.threats import LpBall
 
+UNTARGETED = (losses.margin, losses.soft_margin, losses.log_odds, losses.dlr, losses.scaled_margin)
+
 Step = Callable[[Tensor, Tensor, float | None], Tensor]
 Run = Callable[[int, Tensor], "list[Path]"]
 
@@ -57,7 +59,7 @@ class Path(Rows):
         output = model(self.best)
         self.value = final.objective(output, self.y).to(self.value.dtype)
         if stop:
-            self.broken = final.broken(output, self.y)
+            self.broken = self.broken | final.broken(output, self.y)
 
 
 def best_of(x: Tensor, runs: int, run: Run) -> Tensor:
@@ -104,7 +106,7 @@ def directions(model: Model, x: Tensor, y: Tensor, loss: losses.Loss) -> list[Te
     if loss in (losses.squared_error, losses.absolute_error):
         up = torch.ones(len(x), dtype=x.dtype, device=x.device)
         return [up, -up]
-    if loss is not losses.margin:
+    if loss not in UNTARGETED:
         return []
     output = model(x)
     own = torch.zeros_like(output).scatter(1, y[:, None], 1.0)

@@ -93,10 +93,10 @@ def pgd(
         the last gradient. On a linear model that is the exact worst case.
     random_start : start from `LpBall.sample`; if False only restarts after the first do. The
         first run of a regressor starts at x, where the sign of the error is the better guess.
-    restarts : runs; each goes on with the samples that stand, and the best is kept. With the
-        margin the run after the first heads for the closest rival class, the next for the
-        second closest, and so on; with a regressor they head up and down in turn: an ascent
-        seldom changes its direction on the way.
+    restarts : runs; each goes on with the samples that stand, and the best is kept. The run
+        after the first heads for the closest rival class, the next for the second closest, and
+        so on (not for targeted losses and those of your own); with a regressor they head up and
+        down in turn: an ascent seldom changes its direction on the way.
     stop_when_broken : drop a sample from the batch once it is misclassified; if False go on to
         the largest loss.
     precision : as for `Model.gradient`; a sample counts as broken only where full precision
