@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -72,9 +72,9 @@ def apgd(
     x, y : as for `fgsm`.
     loss : name, `Loss` or function; by default the margin (squared error of a regressor).
     steps : n, gradients a sample and run; the last point costs one more forward pass.
-    restarts : runs from random starts, the best is kept; for p = 1, where a step is sparse, and
-        with a regressor the first run starts at x. After the first each heads for one rival
-        class, the closest of the sample first, as with ``targets``, or up and down in turn.
+    restarts : runs from random starts, the best is kept; the first of a regressor starts at x.
+        After the first each heads for one rival class, the closest of the sample first, as with
+        ``targets``; with a regressor up and down in turn.
     targets : make every restart a run for each of this many rival classes, the closest of the
         sample first, and none for all at once: with the margin z_t − z_y rises, and with
         ``"dlr"`` (z_t − z_y) / (z₍₁₎ − (z₍₃₎ + z₍₄₎)/2). Needs one of these two losses.
@@ -112,7 +112,7 @@ def apgd(
     goals = _goals(model, x, y, final, targets, restarts)
     plan = _Plan(final, steps, stop_when_broken, precision)
     keys = _tensor.keys(generator, x)
-    at_x = model.task == "regression" or threat.p == 1
+    at_x = model.task == "regression"
 
     def run(number: int, rows: Tensor) -> list[Path]:
         held, around = threat.select(rows), x[rows]
@@ -120,7 +120,7 @@ def apgd(
         if number == 0 and start is not None:
             point = held.enclose(around, start.to(x)[rows])
         elif number or not at_x:
-            point = around + held.sample(around, _tensor.fold(keys[rows], number))
+            point = around + _random(held, around, _tensor.fold(keys[rows], number))
         goal = goals[number % len(goals)]
         goal = None if goal is None else goal[rows]
         return _climb(model, Path(rows, around, y[rows], point, goal), held, plan)
@@ -156,6 +156,14 @@ class _Plan:
             return None
         broken = self.final.broken(output, path.y)
         return path.broken | confirmed(model, path, self.final, broken, precision)
+
+
+def _random(threat: LpBall, x: Tensor, keys: Tensor) -> Tensor:
+    """Return a random δ of the threat; for p = 1 a sparse one, the projection of normal noise."""
+    if threat.p > 1:
+        return threat.sample(x, keys)
+    noise = _tensor.normal(keys, tuple(x.shape[1:]), x.dtype)
+    return threat.project(noise * reach(threat, x), x)
 
 
 def _goals(
@@ -304,7 +312,7 @@ def _move_steepest(threat: LpBall, x: Tensor) -> Move:
 
 def _move_sparse(threat: LpBall, x: Tensor) -> Move:
     project = threat.projector(x)
-    units = replace(unwalled(threat), p=math.inf).argmax(torch.ones_like(x))
+    units = torch.ones_like(x) * reach(threat, x)
 
     def move(point: Tensor, gradient: Tensor, control: _Control) -> Tensor:
         open_ways = flat(threat.inward(gradient, point))
