@@ -125,6 +125,14 @@ def _look_likely(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return _broken_by_nan(value), rivals.softmax(1).scatter_(1, own, -1.0)
 
 
+def _look_odds(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The `log_odds`, and the slope Σ_{j≠y} softmax_j e_j − e_y."""
+    own = y[:, None]
+    rivals = logits.scatter(1, own, -torch.inf)
+    value = rivals.logsumexp(1) - logits.gather(1, own).squeeze(1)
+    return value, rivals.softmax(1).scatter_(1, own, -1.0)
+
+
 @loss(ascend=False, won=misclassified, look=_look_closest)
 def margin(logits: Tensor, y: Tensor) -> Tensor:
     """z_y − max_{j≠y} z_j: negative exactly where the prediction is not y.
@@ -157,7 +165,7 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     return functional.cross_entropy(two_columns(logits), y, reduction="none")
 
 
-@loss(ascend=True, won=misclassified)
+@loss(ascend=True, won=misclassified, look=_look_odds)
 def log_odds(logits: Tensor, y: Tensor) -> Tensor:
     """log Σ_{j≠y} e^{z_j} − z_y: cross-entropy's direction, at a length that never vanishes.
 

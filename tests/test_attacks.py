@@ -14,7 +14,7 @@ from robustlearn import losses
 from robustlearn.attacks import ATTACKS, pgd, unsuitable
 
 BUDGET = {0: 3.0, 1: 2.0, 2: 0.6, math.inf: 0.15}
-FEW = {"pgd": {"steps": 6}, "square": {"queries": 12}} | {
+FEW = {"pgd": {"steps": 6}, "apgd": {"steps": 12}, "square": {"queries": 12}} | {
     "ddn": {"steps": 10},
     "fmn": {"steps": 10},
     "fab": {"steps": 5},

@@ -8,10 +8,12 @@ import importlib
 import pkgutil
 
 from robustlearn.attacks.base import ATTACKS, attack, unsuitable
+from robustlearn.attacks.transfer import transfer
+from robustlearn.attacks.universal import universal
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 for _name, _entry in ATTACKS.items():
     globals()[_name] = _entry.function
 
-__all__ = ["ATTACKS", "attack", "unsuitable", *ATTACKS]
+__all__ = ["ATTACKS", "attack", "transfer", "universal", "unsuitable", *ATTACKS]

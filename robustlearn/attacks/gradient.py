@@ -1,22 +1,29 @@
 """Attacks that follow the gradient of a loss: one step, or many with projection."""
 
-import copy
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from robustlearn import _tensor, losses
-from robustlearn._tensor import column, flat
+from robustlearn._tensor import flat
+from robustlearn.attacks.ascent import (
+    Along,
+    Path,
+    Rows,
+    best_of,
+    confirmed,
+    directions,
+    sharp,
+    stepper,
+    unit,
+)
 from robustlearn.attacks.base import attack
 from robustlearn.errors import InputError
 from robustlearn.models import Model
 from robustlearn.threats import LpBall
-
-Step = Callable[[Tensor, Tensor, float | None], Tensor]
 
 
 @attack(needs="gradient")
@@ -45,7 +52,7 @@ def fgsm(model: Model, x: Tensor, y: Tensor, threat: LpBall, *, loss: Any = None
     >>> fgsm(net, torch.zeros(1, 2), torch.tensor([0]), threat).abs()
     tensor([[0.1000, 0.1000]])
     """
-    chosen = losses.get(loss, str(model.task))
+    chosen = sharp(losses.get(loss, str(model.task)))
     gradient, _, _ = model.gradient(x, y, chosen)
     return threat.restrict(x, threat.argmax(gradient, x))
 
@@ -65,6 +72,7 @@ def pgd(
     random_start: bool = True,
     restarts: int = 1,
     stop_when_broken: bool = True,
+    precision: str | None = None,
     generator: torch.Generator | Tensor | int = 0,
 ) -> Tensor:
     """Projected gradient ascent from random starts; the best point on the path counts.
@@ -85,12 +93,14 @@ def pgd(
         the last gradient. On a linear model that is the exact worst case.
     random_start : start from `LpBall.sample`; if False only restarts after the first do. The
         first run of a regressor starts at x, where the sign of the error is the better guess.
-    restarts : runs; each goes on with the samples that stand, and the best is kept. With the
-        margin the run after the first heads for the closest rival class, the next for the
-        second closest, and so on; with a regressor they head up and down in turn: an ascent
-        seldom changes its direction on the way.
+    restarts : runs; each goes on with the samples that stand, and the best is kept. The run
+        after the first heads for the closest rival class, the next for the second closest, and
+        so on (not for targeted losses and those of your own); with a regressor they head up and
+        down in turn: an ascent seldom changes its direction on the way.
     stop_when_broken : drop a sample from the batch once it is misclassified; if False go on to
         the largest loss.
+    precision : as for `Model.gradient`; a sample counts as broken only where full precision
+        agrees, and the best points are measured again in it.
     generator : as for `LpBall.sample`. A seed or keys make the result independent of the batch.
 
     Returns
@@ -101,7 +111,11 @@ def pgd(
     Notes
     -----
     Source: Madry et al. (2018); for the rival classes Gowal et al. (2019). Log-odds and margin
-    keep their gradient where the logits are saturated and that of cross-entropy vanishes.
+    keep their gradient where the logits are saturated and that of cross-entropy vanishes; so
+    cross-entropy is climbed through the log-odds, which have the same order and directions.
+
+    For p = ∞ and a constant step without momentum a path that is back at a point it has been at
+    goes round from there on: such a sample is stopped, and the result is the same.
 
     Examples
     --------
@@ -115,187 +129,195 @@ def pgd(
         raise InputError(f"steps and restarts start at 1; got {steps} and {restarts}")
     if schedule not in ("cosine", "constant"):
         raise InputError(f"schedule must be cosine or constant; got {schedule!r}")
-    final = losses.get(loss, str(model.task))
-    keys = _tensor.keys(generator, x)
-    directions = _directions(model, x, y, final) if restarts > 1 else []
-    climbs = [final] * steps
-    if loss is None and final is losses.margin:
-        climbs[: steps // 2] = [losses.soft_margin] * (steps // 2)
+    final = sharp(losses.get(loss, str(model.task)))
     first = (4.0 if threat.p == 1 else 2.0) if step_size is None else step_size
-    sizes: list[float | None] = [first] * steps
-    if schedule == "cosine":
-        sizes = [first * (1 + math.cos(math.pi * k / steps)) / 2 for k in range(steps - 1)]
-        sizes.append(None)
-    best, value = x.clone(), torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
-    rows = torch.arange(len(x), device=x.device)
-    for restart in range(restarts):
-        if len(rows) == 0:
-            break
+    plan = _Plan(
+        final=final,
+        climbs=_climbs(loss, final, steps),
+        sizes=_sizes(first, steps, schedule),
+        momentum=momentum,
+        stop=stop_when_broken,
+        precision=precision,
+    )
+    random_from = 0 if random_start and model.task == "classification" else 1
+    return _run(model, x, y, threat, plan, restarts, random_from, _tensor.keys(generator, x))
+
+
+@attack(needs="gradient", norms="1, 2, inf")
+def mi_fgsm(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    threat: LpBall,
+    *,
+    loss: Any = None,
+    steps: int = 10,
+    decay: float = 1.0,
+    restarts: int = 1,
+    stop_when_broken: bool = True,
+    precision: str | None = None,
+) -> Tensor:
+    """Steps of ε/n from x along the gathered gradient, which carries over to other models.
+
+    m ← decay·m + ∇/‖∇‖₁, δ ← project(δ + steepest(m)/n), for p = ∞ x + δ + (ε/n)·sign(m).
+
+    Parameters
+    ----------
+    x, y, loss, stop_when_broken, precision : as for `pgd`.
+    steps : n, gradients a sample.
+    decay : weight of the gradients before.
+    restarts : runs; after the first each heads for the next closest rival class, as in `pgd`.
+        All start at x, from where n steps reach all that the threat allows.
+
+    Returns
+    -------
+    (n, *shape), in the threat without tolerance; the best point on the path.
+
+    Notes
+    -----
+    Source: Dong et al. (2018), there with cross-entropy, 10 steps and decay 1.
+
+    Examples
+    --------
+    >>> net = torch.nn.Linear(2, 2)
+    >>> threat = LpBall(math.inf, 0.1)
+    >>> mi_fgsm(net, torch.zeros(1, 2), torch.tensor([0]), threat, stop_when_broken=False).abs()
+    tensor([[0.1000, 0.1000]])
+    """
+    if steps < 1 or restarts < 1:
+        raise InputError(f"steps and restarts start at 1; got {steps} and {restarts}")
+    final = sharp(losses.get(loss, str(model.task)))
+    plan = _Plan(
+        final=final,
+        climbs=_climbs(loss, final, steps),
+        sizes=_sizes(1 / steps, steps, "constant"),
+        momentum=decay,
+        stop=stop_when_broken,
+        precision=precision,
+    )
+    return _run(model, x, y, threat, plan, restarts, restarts, _tensor.keys(0, x))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What every run of an ascent does.
+
+    ``climbs`` are what each step follows (the goal of a path, if it has one, comes first), and
+    ``final`` is what counts. A size of None is the step to the argmax of the threat.
+    """
+
+    final: losses.Loss
+    climbs: list[losses.Loss]
+    sizes: list[float | None]
+    momentum: float
+    stop: bool
+    precision: str | None
+
+
+def _climbs(loss: Any, final: losses.Loss, steps: int) -> list[losses.Loss]:
+    """Return the loss of each step: by default the log-odds first and the margin then."""
+    if loss is None and final is losses.margin:
+        return [losses.soft_margin] * (steps // 2) + [final] * (steps - steps // 2)
+    return [final] * steps
+
+
+def _sizes(first: float, steps: int, schedule: str) -> list[float | None]:
+    if schedule == "constant":
+        return [first] * steps
+    return [*(first * (1 + math.cos(math.pi * k / steps)) / 2 for k in range(steps - 1)), None]
+
+
+def _run(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    threat: LpBall,
+    plan: _Plan,
+    restarts: int,
+    random_from: int,
+    keys: Tensor,
+) -> Tensor:
+    """Ascend from x, at random points from one restart on, and return the best points."""
+    goals = directions(model, x, y, plan.final) if restarts > 1 else []
+
+    def run(restart: int, rows: Tensor) -> list[Path]:
         held, around = threat.select(rows), x[rows]
         start = around
-        if restart or (random_start and model.task == "classification"):
+        if restart >= random_from:
             start = around + held.sample(around, _tensor.fold(keys[rows], restart))
-        goal = directions[(restart - 1) % len(directions)][rows] if restart and directions else None
-        path = _Path(rows, around, y[rows], start, goal, momentum)
-        left = _climb(model, path, held, final, climbs, sizes, stop_when_broken)
-        for done in left:
-            better = done.value > value[done.rows]
-            better |= done.broken
-            best[done.rows[better]] = done.best[better]
-            value[done.rows[better]] = done.value[better]
-        rows = left[-1].rows[~left[-1].broken]
-    return threat.enclose(x, best)
+        goal = goals[(restart - 1) % len(goals)][rows] if restart and goals else None
+        return _climb(model, Path(rows, around, y[rows], start, goal), held, plan)
+
+    return threat.enclose(x, best_of(x, restarts, run))
 
 
-class _Path:
-    """Samples on their way, one row of every tensor each, and the best points they passed."""
+def _climb(model: Model, path: Path, threat: LpBall, plan: _Plan) -> list[Path]:
+    """Ascend; return the samples in the groups in which they left."""
+    left: list[Path] = []
+    step, walk = stepper(threat, path.x), _Walk(path, threat, plan)
+    for climb, size in zip(plan.climbs, plan.sizes, strict=True):
+        goal = climb if path.goal is None else Along(path.goal, plan.final)
+        gradient, value, output = model.gradient(path.point, path.y, goal, plan.precision)
+        _record(model, path, plan, value, output, plan.precision)
+        leaves = path.broken
+        if walk.circles and climb is plan.climbs[-1]:
+            leaves = leaves | walk.returned(path.point)
+        if bool(leaves.any()):
+            going = (~leaves).nonzero().squeeze(1)
+            left.append(path.part(leaves))
+            path, walk, gradient = path.part(going), walk.part(going), gradient[going]
+            if len(going) == 0:
+                break
+            threat = threat.select(going)
+            step = stepper(threat, path.x)
+        path.point = step(path.point, walk.push(gradient), size)
+    if plan.precision is not None:
+        for done in (*left, path):
+            done.measure(model, plan.final, stop=plan.stop)
+    if len(path.rows):
+        output = model(path.point)
+        _record(model, path, plan, plan.final.look(output, path.y)[0], output, None)
+    return [*left, path]
 
-    def __init__(
-        self,
-        rows: Tensor,
-        x: Tensor,
-        y: Tensor,
-        start: Tensor,
-        goal: Tensor | None,
-        momentum: float,
-    ) -> None:
-        self.rows, self.x, self.y, self.point, self.goal = rows, x, y, start, goal
-        self.best = x.clone()
-        self.value = torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
-        self.broken = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        self.momentum, self.velocity = momentum, torch.zeros_like(x) if momentum else None
 
-    def record(self, value: Tensor, broken: Tensor | None) -> None:
-        """Keep the better points; a break counts, whatever the loss says."""
-        value = value.to(self.value.dtype)
-        better = value > self.value
-        self.value = torch.fmax(self.value, value)
-        if broken is not None:
-            self.broken, better = broken, better | broken
-        torch.where(column(better, self.x), self.point, self.best, out=self.best)
+def _record(
+    model: Model, path: Path, plan: _Plan, value: Tensor, output: Tensor, precision: str | None
+) -> None:
+    """Keep the better points; tell which samples are broken, if that is to stop them."""
+    broken = None
+    if plan.stop:
+        margin = plan.final is losses.margin  # its sign tells
+        broken = value > 0 if margin else plan.final.broken(output, path.y)
+        broken = path.broken | confirmed(model, path, plan.final, broken, precision)
+    path.record(value, broken)
 
-    def part(self, index: Tensor) -> "_Path":
-        """Return some of the samples."""
-        piece = copy.copy(self)
-        for name, held in vars(self).items():
-            if isinstance(held, Tensor):
-                setattr(piece, name, held[index])
-        return piece
+
+class _Walk(Rows):
+    """What an ascent remembers of the way so far: the velocity, and a point to come back to."""
+
+    def __init__(self, path: Path, threat: LpBall, plan: _Plan) -> None:
+        self.momentum = plan.momentum
+        self.velocity = torch.zeros_like(path.x) if plan.momentum else None
+        constant = len({*plan.sizes}) == 1 and None not in plan.sizes
+        self.circles = constant and math.isinf(threat.p) and not plan.momentum
+        self.anchor = torch.full_like(path.x, torch.nan)
+        self.age, self.term = 0, 1
 
     def push(self, gradient: Tensor) -> Tensor:
         """Return the gradient, or with momentum a copy of the velocity that it adds to."""
         if self.velocity is None:
             return gradient
-        self.velocity = self.momentum * self.velocity + _unit(gradient)
+        self.velocity = self.momentum * self.velocity + unit(gradient)
         return self.velocity.clone()
 
+    def returned(self, point: Tensor) -> Tensor:
+        """Tell which samples are back at the remembered point, (n,).
 
-def _climb(
-    model: Model,
-    path: _Path,
-    threat: LpBall,
-    final: losses.Loss,
-    climbs: list[losses.Loss],
-    sizes: list[float | None],
-    stop: bool,
-) -> list[_Path]:
-    """Ascend; return the samples in the groups in which they left, the last group last.
-
-    ``climbs`` are what each step follows (the goal of the path, if it has one, comes first), and
-    ``final`` is what counts. A size of None is the step to the argmax of the threat.
-    """
-    left = []
-    step = _stepper(threat, path.x)
-    for climb, size in zip([*climbs, None], [*sizes, None], strict=True):
-        gradient = None
-        if climb is None:  # the end of the last step
-            output = model(path.point)
-            value, _ = final.look(output, path.y)
-        else:
-            goal = climb if path.goal is None else _Along(path.goal, final)
-            gradient, value, output = model.gradient(path.point, path.y, goal)
-        broken = None
-        if stop:  # the sign of the margin tells
-            margin = final is losses.margin
-            broken = value > 0 if margin else final.broken(output, path.y)
-        path.record(value, broken)
-        if gradient is None:
-            break
-        if stop and bool(path.broken.any()):
-            going = (~path.broken).nonzero().squeeze(1)
-            left.append(path.part(path.broken))
-            path, gradient = path.part(going), gradient[going]
-            if len(going) == 0:
-                break
-            threat = threat.select(going)
-            step = _stepper(threat, path.x)
-        path.point = step(path.point, path.push(gradient), size)
-    return [*left, path]
-
-
-def _stepper(threat: LpBall, x: Tensor) -> Step:
-    """Return the step from a point along a direction around fixed x, which writes to neither.
-
-    x + δ ← project(δ + size·steepest(direction)); a size of None is the argmax of the threat.
-    """
-    if math.isinf(threat.p):  # no feature takes anything from another
-        low, high = threat.span(x)
-        plain = isinstance(threat.eps, float) and threat.scale is None
-        free = replace(threat, lower=None, upper=None, mask=None)
-        unit = free.argmax(torch.ones_like(x)) if not plain else threat.eps
-
-        def clipped(point: Tensor, direction: Tensor, size: float | None) -> Tensor:
-            if size is None:
-                point, size = x, 1.0
-            if isinstance(unit, float):
-                return torch.add(point, direction.sign_(), alpha=unit * size).clamp_(low, high)
-            return torch.addcmul(point, direction.sign_(), unit, value=size).clamp_(low, high)
-
-        return clipped
-
-    project = threat.projector(x)
-
-    def projected(point: Tensor, direction: Tensor, size: float | None) -> Tensor:
-        if size is None:
-            return x + threat.argmax(direction, x)
-        if threat.p == 1:  # fill features up to their walls, or a step is spent on one stuck there
-            move = replace(threat, eps=threat.eps * size).argmax(direction, point)
-        else:  # features that stand at the wall they are pushed at are left out
-            free = replace(threat, lower=None, upper=None, mask=None)
-            move = free.argmax(threat.inward(direction, point)) * size
-        return x + project(move.add_(point - x))
-
-    return projected
-
-
-def _directions(model: Model, x: Tensor, y: Tensor, loss: losses.Loss) -> list[Tensor]:
-    """Weights (n, outputs) of the outputs that the restarts of an untargeted attack head for."""
-    if loss in (losses.squared_error, losses.absolute_error):
-        up = torch.ones(len(x), dtype=x.dtype, device=x.device)
-        return [up, -up]
-    if loss is not losses.margin:
-        return []
-    output = model(x)
-    order = output.scatter(1, y[:, None], -torch.inf).argsort(1, descending=True)[:, :-1]
-    own = torch.zeros_like(output).scatter(1, y[:, None], 1.0)
-    return [torch.zeros_like(own).scatter(1, rival[:, None], 1.0) - own for rival in order.T]
-
-
-@dataclass(frozen=True, eq=False)
-class _Along:
-    """Climb ⟨direction, output⟩, and count by the final loss."""
-
-    direction: Tensor
-    final: losses.Loss
-
-    def look(self, output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the objective of the final loss, and the direction."""
-        return self.final.objective(output, y), self.direction
-
-
-def _unit(gradient: Tensor) -> Tensor:
-    """∇/‖∇‖₁, by the largest entry first, so that neither huge nor tiny gradients are lost."""
-    rows = flat(gradient)
-    top = rows.abs().amax(1, keepdim=True)
-    rows = rows / torch.where(top > 0, top, 1)
-    return (rows / rows.abs().sum(1, keepdim=True).clamp_min(1)).reshape(gradient.shape)
+        The point is renewed after 1, 2, 4, … steps, so that a circle of any length is found.
+        Source: Brent (1980).
+        """
+        back = flat(point == self.anchor).all(1)
+        self.age += 1
+        if self.age == self.term:
+            self.anchor, self.age, self.term = point, 0, 2 * self.term
+        return back

@@ -6,6 +6,7 @@ import numpy as np
 from torch import nn
 
 from robustlearn.errors import InputError
+from robustlearn.models.around import Expectation, Guided
 from robustlearn.models.base import Model, Output, Task
 from robustlearn.models.estimators import EstimatorModel, wrap_estimator
 from robustlearn.models.functions import FunctionModel
@@ -14,7 +15,9 @@ from robustlearn.models.network import TorchModel
 
 __all__ = [
     "EstimatorModel",
+    "Expectation",
     "FunctionModel",
+    "Guided",
     "Model",
     "TorchModel",
     "check_range",

@@ -16,6 +16,7 @@ from robustlearn.errors import InputError, ModelError
 
 Task = Literal["classification", "regression"]
 Output = Literal["auto", "logits", "probabilities"]
+PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 LOOKED_AT = 256  # samples whose outputs tell what kind they are
 
 
@@ -118,12 +119,18 @@ class Model(ABC):
         self.forwards += len(x)
         return self._checked(output, x)
 
-    def gradient(self, x: Tensor, y: Tensor, loss: Objective) -> tuple[Tensor, Tensor, Tensor]:
+    def gradient(
+        self, x: Tensor, y: Tensor, loss: Objective, precision: str | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """One forward and one backward pass: ∂ objective(model(x), y) / ∂x per sample.
 
         Parameters
         ----------
         loss : what has ``look(output, y)``: an objective and its derivative by the output.
+        precision : ``"bfloat16"`` or ``"float16"`` lets torch compute matrix products and
+            convolutions of a float32 model in that type, which is faster where the machine has
+            instructions for it; all that is returned is then rounded to its 2 or 3 digits, and
+            what matters must be looked at again by ``model(x)``.
 
         Returns
         -------
@@ -138,10 +145,10 @@ class Model(ABC):
             raise InputError(f"{self.name} is a black box: it has no gradient")
         if not self._open:
             with self.session():
-                return self.gradient(x, y, loss)
+                return self.gradient(x, y, loss, precision)
         with torch.enable_grad():
             point = x.detach() if self._known else x.detach().clone()
-            output = self(point.requires_grad_())
+            output = self._in(precision, point.requires_grad_())
             if not output.requires_grad:
                 raise ModelError(
                     f"no gradient flows from the output of {self.name} to its input (is the input "
@@ -155,6 +162,16 @@ class Model(ABC):
         if gradient is None:
             gradient = torch.zeros_like(x)
         return gradient.contiguous().nan_to_num_(0.0), value, detached
+
+    def _in(self, precision: str | None, x: Tensor) -> Tensor:
+        """Return the output as computed in a lower precision, in float32 or float64."""
+        if precision is None:
+            return self(x)
+        if precision not in PRECISIONS:
+            raise InputError(f"precision must be {' or '.join(PRECISIONS)}; got {precision!r}")
+        with torch.autocast(self.device.type, PRECISIONS[precision]):
+            output = self(x)
+        return output.to(self.dtype)
 
     def affine(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
         """Return (W, b) in float64 with output = W·flat(x) + b exactly, or None.
