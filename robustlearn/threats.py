@@ -276,6 +276,10 @@ class LpBall:
         walled = self.lower is not None or self.upper is not None or self.mask is not None
         return self.project(stretched, like) if walled else stretched
 
+    def tied(self, chosen: Tensor) -> Tensor:
+        """Return the features (n, *shape) bool that must move together with the chosen ones."""
+        return chosen
+
     # ------------------------------------------------------------------ points and checks
 
     def restrict(self, x: Tensor, delta: Tensor) -> Tensor:
