@@ -9,7 +9,7 @@ import math
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -65,6 +65,8 @@ class LpBall:
     >>> ball.support(g, x)                      # ⟨g, δ⟩ there
     tensor([3.5000])
     """
+
+    tight: ClassVar[bool] = True  # whether a member attains `support`
 
     p: float
     eps: Any
