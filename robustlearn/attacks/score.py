@@ -74,7 +74,7 @@ def square(
         raise InputError(f"queries start at 1; got {queries}")
     chosen = losses.get(loss, str(model.task))
     keys = _tensor.keys(generator, x)
-    start, move = _moves(threat, x)
+    start, move = moves(threat, x)
     best = x.clone()
     output = model(x)
     value = chosen.objective(output, y)
@@ -83,7 +83,7 @@ def square(
         if len(rows) == 0:
             break
         held, around, now = threat.select(rows), x[rows], _tensor.fold(keys[rows], query)
-        part = _share(share, query, queries)
+        part = share_at(share, query, queries)
         wish = (move if query else start)(held, around, best[rows] - around, now, part)
         point = held.restrict(around, wish)
         output = model(point)
@@ -95,7 +95,8 @@ def square(
     return best
 
 
-def _share(first: float, query: int, queries: int) -> float:
+def share_at(first: float, query: int, queries: int) -> float:
+    """Return the share of the features in a block: halved as the search goes on."""
     passed = sum(query * 10_000 / queries > mark for mark in HALVINGS)
     return first / 2**passed
 
@@ -104,7 +105,7 @@ def _is_image(x: Tensor) -> bool:
     return x.dim() >= 3 and min(x.shape[-2:]) > 1
 
 
-def _moves(threat: LpBall, x: Tensor) -> tuple[Move, Move]:
+def moves(threat: LpBall, x: Tensor) -> tuple[Move, Move]:
     """Return the first move and the others: (threat, x, δ, keys, share) -> the δ wished for."""
     if not _is_image(x):
         return _refill_all, _refill
