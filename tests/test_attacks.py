@@ -17,6 +17,7 @@ BUDGET = {1: 2.0, 2: 0.6, math.inf: 0.15}
 FEW = {
     "pgd": {"steps": 6},
     "square": {"queries": 12},
+    "nes": {"queries": 127},
     "retreat": {"queries": 60},
     "hop_skip_jump": {"queries": 60},
 }

@@ -303,3 +303,120 @@ def _left(threat: LpBall, kept: Tensor) -> Tensor:
         return eps
     share = threat.norm(kept.double()) / eps.clamp_min(torch.finfo(eps.dtype).tiny)
     return eps * (1 - share**threat.p).clamp(min=0) ** (1 / threat.p)
+
+
+# ---------------------------------------------------------------------- estimated gradients
+
+
+@attack(needs="scores", norms="1, 2, inf")
+def nes(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    threat: LpBall,
+    *,
+    loss: Any = None,
+    queries: int = 1000,
+    directions: int = 10,
+    radius: float = 0.1,
+    noise: str = "normal",
+    momentum: float = 0.5,
+    generator: torch.Generator | Tensor | int = 0,
+) -> Tensor:
+    """Gradient ascent whose gradient is estimated from outputs at mirrored random points.
+
+    g = 1/(2m) Σᵢ (f(x_adv + r·uᵢ) − f(x_adv − r·uᵢ)) uᵢ, v ← momentum·v + g/‖g‖₁,
+    x_adv ← project(x_adv + α·steepest(v)); α falls from 2ε to 0 as a cosine, and the best point
+    on the path counts.
+
+    Parameters
+    ----------
+    x, y, loss : as for `fgsm`.
+    queries : forward passes a sample, at most; a step takes 2·directions + 1 of them, in one
+        batch of 2·directions copies.
+    directions : m, random directions a step.
+    radius : r, in units of what each feature may change. Larger for models with steps (trees).
+    noise : ``"normal"`` (natural evolution strategies), or ``"signs"``: u = ±1, SPSA.
+    momentum : share of the last direction that is kept: it averages the noise.
+    generator : as for `LpBall.sample`.
+
+    Returns
+    -------
+    (n, *shape), in the threat without tolerance. Samples leave when they are broken.
+
+    Notes
+    -----
+    Source: Ilyas et al. (2018), and Uesato et al. (2018) for signs. Probes are cut to the box.
+
+    Examples
+    --------
+    >>> threat = LpBall(float("inf"), 0.5)
+    >>> x, y = torch.zeros(1, 3), torch.tensor([0])
+    >>> nes(lambda a: a @ [[1, -1]] * 3, x, y, threat, queries=50)
+    tensor([[-0.5000, -0.5000, -0.5000]])
+    """
+    if noise not in ("normal", "signs"):
+        raise InputError(f"noise must be normal or signs; got {noise!r}")
+    if directions < 1 or queries < 2 * directions + 2:
+        raise InputError(
+            f"a step takes {2 * directions + 1} queries and x takes one; got {queries} in all"
+        )
+    chosen = losses.get(loss, str(model.task))
+    keys = _tensor.keys(generator, x)
+    steps = (queries - 1) // (2 * directions + 1)
+    best, point, velocity = x.clone(), x.clone(), torch.zeros_like(x)
+    output = model(x)
+    value = chosen.objective(output, y)
+    rows = (~chosen.broken(output, y)).nonzero().squeeze(1)
+    for k in range(steps):
+        if len(rows) == 0:
+            break
+        held, around, here, now = threat.select(rows), x[rows], point[rows], _tensor.fold(keys, k)
+        reach = torch.where(_movable_where(held, around), _extent(held, around), 0)
+        probes = _mirrored(held, around, here, now[rows], directions, radius * reach, noise)
+        rise = _rise(model, chosen, probes, y[rows])
+        gradient = torch.einsum("mn,mn...->n...", rise, probes[0] - probes[1])
+        gradient = torch.where(reach > 0, gradient / reach**2, 0)
+        velocity[rows] = momentum * velocity[rows] + gradient / per_sample(
+            flat(gradient).abs().sum(1).clamp_min(torch.finfo(x.dtype).tiny), x
+        )
+        size = 1 + math.cos(math.pi * k / steps)
+        free = replace(held, lower=None, upper=None)
+        moved = here - around + size * free.argmax(held.inward(velocity[rows], here))
+        point[rows] = here = held.restrict(around, held.project(moved, around))
+        output = model(here)
+        reached = chosen.objective(output, y[rows]).to(value.dtype)
+        broken = chosen.broken(output, y[rows])
+        better = (reached > value[rows]) | broken
+        best[rows[better]], value[rows[better]] = here[better], reached[better]
+        rows = rows[~broken]
+    return best
+
+
+def _movable_where(threat: LpBall, x: Tensor) -> Tensor:
+    return _movable(threat, x).reshape(x.shape)
+
+
+def _mirrored(
+    threat: LpBall,
+    x: Tensor,
+    point: Tensor,
+    keys: Tensor,
+    directions: int,
+    radius: Tensor,
+    noise: str,
+) -> Tensor:
+    """Return points on both sides of ``point``, cut to the box: (2, directions, n, *shape)."""
+    shape = (directions, *x.shape[1:])
+    drawn = (_tensor.normal if noise == "normal" else _signs)(keys, shape, x.dtype)
+    drawn = drawn.transpose(0, 1) * radius
+    low, high = replace(threat, eps=threat.eps * 1e6).span(x)
+    return torch.stack([point + drawn, point - drawn]).clamp(low, high)
+
+
+def _rise(model: Model, loss: losses.Loss, probes: Tensor, y: Tensor) -> Tensor:
+    """Return the objective's differences (directions, n) between mirrored points, in one batch."""
+    sides, directions, n = probes.shape[:3]
+    output = model(probes.reshape(sides * directions * n, *probes.shape[3:]))
+    value = loss.objective(output, y.repeat(sides * directions)).reshape(sides, directions, n)
+    return (value[0] - value[1]).to(probes.dtype).nan_to_num(0)
