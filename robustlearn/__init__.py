@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from robustlearn.errors import InputError
     from robustlearn.evaluate import Report, evaluate
     from robustlearn.models import Model, wrap
+    from robustlearn.tabular import Tabular
     from robustlearn.threats import LpBall
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "LpBall",
     "Model",
     "Report",
+    "Tabular",
     "certify",
     "evaluate",
     "wrap",
@@ -35,11 +37,12 @@ _HOME = {
     "LpBall": "threats",
     "Model": "models",
     "Report": "evaluate",
+    "Tabular": "tabular",
     "certify": "certify",
     "evaluate": "evaluate",
     "wrap": "models",
 }
-_MODULES = ("attacks", "data", "linear", "losses", "models", "threats")
+_MODULES = ("attacks", "data", "linear", "losses", "models", "tabular", "threats")
 
 
 def __getattr__(name: str) -> Any:

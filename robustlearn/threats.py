@@ -9,7 +9,7 @@ import math
 import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -70,6 +70,8 @@ class LpBall:
     >>> ball.support(g, x)                      # ⟨g, δ⟩ there
     tensor([3.5000])
     """
+
+    tight: ClassVar[bool] = True  # whether a member attains `support`
 
     p: float
     eps: Any
@@ -308,6 +310,10 @@ class LpBall:
         chosen = largest(torch.where(free, lot, 0), self._eps(like).floor())
         share = flat(_tensor.uniform(_tensor.fold(keys, 1), shape, like.dtype))
         return torch.where(chosen, fall + share * (rise - fall), 0).reshape(like.shape)
+
+    def tied(self, chosen: Tensor) -> Tensor:
+        """Return the features (n, *shape) bool that must move together with the chosen ones."""
+        return chosen
 
     # ------------------------------------------------------------------ points and checks
 

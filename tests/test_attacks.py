@@ -14,12 +14,18 @@ from robustlearn import losses
 from robustlearn.attacks import ATTACKS, pgd, unsuitable
 
 BUDGET = {0: 3.0, 1: 2.0, 2: 0.6, math.inf: 0.15}
-FEW = {"pgd": {"steps": 6}, "apgd": {"steps": 12}, "square": {"queries": 12}} | {
+FEW = {
+    "pgd": {"steps": 6},
+    "apgd": {"steps": 12},
     "ddn": {"steps": 10},
     "fmn": {"steps": 10},
     "fab": {"steps": 5},
     "carlini_wagner": {"steps": 10, "searches": 2},
     "sigma_zero": {"steps": 10},
+    "square": {"queries": 12},
+    "nes": {"queries": 127},
+    "retreat": {"queries": 60},
+    "hop_skip_jump": {"queries": 60},
 }
 SHAPES = {"1-D": (), "2-D": (6,), "3-D": (4, 5), "4-D": (2, 5, 5)}
 
@@ -39,9 +45,13 @@ def network(shape, needs, dtype=torch.float64, classes=3):
         if shape == ():
             return nn.Sequential(nn.Unflatten(0, (-1, 1)), nn.Linear(1, classes)).to(dtype)
         return nn.Sequential(nn.Flatten(), nn.Linear(d, classes)).to(dtype)
-    return nn.Sequential(
+    net = nn.Sequential(
         Row(), nn.Linear(d, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(), nn.Linear(16, classes)
     ).to(dtype)
+    if needs == "labels":  # every class is met, or there would be nothing to find
+        with torch.no_grad():
+            net[-1].bias.sub_(net.eval()(batch(shape, dtype)[0]).mean(0))
+    return net.train()
 
 
 def batch(shape, dtype=torch.float64, n=9):
@@ -156,8 +166,10 @@ def test_regressors_and_single_logits(entry, threat):
     net = network((6,), entry.facts["needs"], classes=1)
     target = torch.linspace(-1, 1, len(x), dtype=torch.float64)
     model = rl.wrap(net, task="regression")
-    if entry.facts["minimal"]:
-        with pytest.raises(rl.InputError, match="nearest misclassified point"):
+    refused = {"minimal": "nearest misclassified point", "labels": "needs predicted classes"}
+    why = "minimal" if entry.facts["minimal"] else entry.facts["needs"]
+    if why in refused:
+        with pytest.raises(rl.InputError, match=refused[why]):
             entry.function(model, x, target, threat)
     else:
         x_adv = entry.function(model, x, target, threat, **options(entry))
@@ -176,7 +188,7 @@ def test_empty_batches_and_bad_input(entry, threat):
     assert entry.function(model, x[:0], y[:0], threat).shape == (0, 6)
     with pytest.raises(rl.InputError, match="data outside the box"):
         entry.function(model, x + 5, y, threat)
-    if entry.facts["needs"] != "scores":
+    if entry.facts["needs"] not in ("scores", "labels"):
         black_box = rl.wrap(lambda a: a[:, :3], task="classification")
         reason = unsuitable(entry.name, black_box, threat, (6,))
         assert f"{entry.name} needs" in reason

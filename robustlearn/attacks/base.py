@@ -15,7 +15,7 @@ from robustlearn.registry import Registry
 from robustlearn.threats import LpBall
 
 Attack = Callable[..., Tensor]
-Needs = Literal["gradient", "scores", "affine"]
+Needs = Literal["gradient", "scores", "labels", "affine"]
 
 ATTACKS = Registry("attack")
 
@@ -29,8 +29,8 @@ def attack(*, needs: Needs, norms: str = "any", minimal: bool = False) -> Callab
 
     Parameters
     ----------
-    needs : ``"gradient"``, ``"scores"`` (outputs only, so it takes black boxes too), or
-        ``"affine"`` (a model that is affine and says so).
+    needs : ``"gradient"``, ``"scores"`` (outputs only, so it takes black boxes too),
+        ``"labels"`` (predicted classes only), or ``"affine"`` (a model that is affine and says so).
     norms : ``"any"``, or the p of the threats it takes, as in ``"1, 2, inf"``.
     minimal : whether it looks for the nearest misclassified point, so that its distances are to
         be believed; a regressor has none.
@@ -76,6 +76,8 @@ def unsuitable(name: str, model: Model, threat: LpBall, shape: tuple[int, ...]) 
         return f"{name} needs a linear model, and {model.name} is not known to be one"
     if facts["minimal"] and model.task == "regression":
         return f"{name} looks for the nearest misclassified point, and {model.name} is a regressor"
+    if facts["needs"] == "labels" and model.task == "regression":
+        return f"{name} needs predicted classes, and {model.name} predicts numbers"
     known = facts["norms"]
     if known != "any" and threat.p not in {float(p) for p in known.split(",")}:
         norm = "inf" if math.isinf(threat.p) else f"{threat.p:g}"

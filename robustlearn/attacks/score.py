@@ -1,5 +1,7 @@
 """Attacks that only ask for outputs: for black boxes, and for networks whose gradient lies."""
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -7,12 +9,17 @@ import torch
 from torch import Tensor
 
 from robustlearn import _tensor, losses
-from robustlearn._tensor import flat
+from robustlearn._tensor import column, flat, per_sample
 from robustlearn.attacks.base import attack
+from robustlearn.errors import InputError
 from robustlearn.models import Model
 from robustlearn.threats import LpBall
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries
+SLACK = 1e-6  # of ε, left to the rounding of a float32 length: no projection is then needed
+TILES = 5  # along a side of the image that the L2 search starts from
+
+Move = Callable[[LpBall, Tensor, Tensor, Tensor, float], Tensor]
 
 
 @attack(needs="scores", norms="1, 2, inf")
@@ -29,15 +36,19 @@ def square(
 ) -> Tensor:
     """Random search over blocks of features, keeping what raises the loss.
 
-    Start at a random corner (stripes for images). At each query pick a block, a square of an
-    image or a random subset of other features, set it to one random sign per channel (per
-    feature) times the budget, project, and accept if the loss rose. The block's share of the
-    features starts at ``share`` and is halved as the search goes on.
+    x_adv ← x_adv + m if that raises the loss, where the random move m stays in the threat and
+    changes a share of the features, which is halved as the search goes on:
+
+    - images, p = ∞: a square goes to one random corner of the budget per channel;
+    - images, p = 2: a square gets a pattern of two hills, paid by what another square spent;
+    - images, p = 1: a square gets one random sign per channel, and the sum is projected;
+    - other samples: random features that can move go to the `argmax` of a random direction,
+      with the budget that is left once as many moved features went back to x (p < ∞).
 
     Parameters
     ----------
     x, y, loss : as for `fgsm`.
-    queries : forward passes a sample.
+    queries : forward passes a sample, at most; the first is for x itself.
     share : first share of the features in a block.
     generator : as for `LpBall.sample`.
 
@@ -47,8 +58,10 @@ def square(
 
     Notes
     -----
-    Source: Andriushchenko et al. (2020), with their schedule. That is the method for p = ∞; for
-    p = 1 and 2 the same blocks, projected, stand in for their special moves.
+    Source: Andriushchenko et al. (2020), with their schedule, stripes and hills (section 3.3).
+    Their search may draw a square that stands at its corner already, and waste the query; here
+    its sign is turned. Their first square for p = 2 is a tenth of the image; here ``share`` is
+    one for all, as in AutoAttack.
 
     Examples
     --------
@@ -57,22 +70,21 @@ def square(
     >>> square(lambda a: a @ [[1, -1]] * 3, x, y, threat, queries=20)  # a black box
     tensor([[-0.5000, -0.5000, -0.5000]])
     """
+    if queries < 1:
+        raise InputError(f"queries start at 1; got {queries}")
     chosen = losses.get(loss, str(model.task))
     keys = _tensor.keys(generator, x)
+    start, move = moves(threat, x)
     best = x.clone()
     output = model(x)
     value = chosen.objective(output, y)
     rows = (~chosen.broken(output, y)).nonzero().squeeze(1)
-    for query in range(queries):
+    for query in range(queries - 1):
         if len(rows) == 0:
             break
         held, around, now = threat.select(rows), x[rows], _tensor.fold(keys[rows], query)
-        if query == 0:
-            wish = _corner(held, around, now)
-        else:
-            present = best[rows] - around
-            inside = _block(present, now, _share(share, query, queries))
-            wish = torch.where(inside, _signs(held, around, now, inside), present)
+        part = share_at(share, query, queries)
+        wish = (move if query else start)(held, around, best[rows] - around, now, part)
         point = held.restrict(around, wish)
         output = model(point)
         reached = chosen.objective(output, y[rows]).to(value.dtype)
@@ -83,7 +95,8 @@ def square(
     return best
 
 
-def _share(first: float, query: int, queries: int) -> float:
+def share_at(first: float, query: int, queries: int) -> float:
+    """Return the share of the features in a block: halved as the search goes on."""
     passed = sum(query * 10_000 / queries > mark for mark in HALVINGS)
     return first / 2**passed
 
@@ -92,49 +105,318 @@ def _is_image(x: Tensor) -> bool:
     return x.dim() >= 3 and min(x.shape[-2:]) > 1
 
 
+def moves(threat: LpBall, x: Tensor) -> tuple[Move, Move]:
+    """Return the first move and the others: (threat, x, δ, keys, share) -> the δ wished for."""
+    if not _is_image(x):
+        return _refill_all, _refill
+    if math.isinf(threat.p):
+        return _stripes, _corner_square
+    return (_tiles, _exchange) if threat.p == 2 else (_stripes, _shared_square)
+
+
+def _signs(keys: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.where(_tensor.uniform(keys, shape, dtype) < 0.5, -1.0, 1.0).to(dtype)
+
+
+# ---------------------------------------------------------------------- images
+
+
 def _extent(threat: LpBall, like: Tensor) -> Tensor:
-    """The largest change of each feature alone, (n, *shape)."""
+    """The largest change of each feature alone, (n, *shape), were there no wall."""
     alone = replace(threat, p=float("inf"), lower=None, upper=None)
     return alone.argmax(torch.ones_like(like))
 
 
-def _corner(threat: LpBall, x: Tensor, keys: Tensor) -> Tensor:
+def _stripes(threat: LpBall, x: Tensor, present: Tensor, keys: Tensor, share: float) -> Tensor:
     """Random signs times the budget, constant along the columns of an image."""
-    shape = list(x.shape[1:])
-    if _is_image(x):
-        shape[-2] = 1
-    signs = torch.where(_tensor.uniform(keys, tuple(shape), x.dtype) < 0.5, -1.0, 1.0).to(x.dtype)
-    return signs * _extent(threat, x)
+    shape = (*x.shape[1:-2], 1, x.shape[-1])
+    return _signs(keys, shape, x.dtype) * _extent(threat, x)
 
 
-def _block(present: Tensor, keys: Tensor, share: float) -> Tensor:
-    """Return a random square of each image, or a random subset of features, (n, *shape) bool."""
-    n, shape = len(present), tuple(present.shape[1:])
-    if not _is_image(present):
-        chance = _tensor.uniform(_tensor.fold(keys, 0), shape, present.dtype)
-        lowest = flat(chance) == flat(chance).amin(1, keepdim=True)  # at least one feature
-        return (chance < share) | lowest.reshape(present.shape)
-    height, width = shape[-2:]
-    side = min(max(1, round((share * height * width) ** 0.5)), height, width)
-    corner = _tensor.uniform(_tensor.fold(keys, 0), (2,), torch.float64)
-    top = (corner[:, 0] * (height - side + 1)).long()[:, None]
-    left = (corner[:, 1] * (width - side + 1)).long()[:, None]
-    row = torch.arange(height, device=present.device)[None]
-    column = torch.arange(width, device=present.device)[None]
-    inside = ((row >= top) & (row < top + side))[:, :, None]
-    inside = inside & ((column >= left) & (column < left + side))[:, None, :]
-    return inside.reshape(n, *[1] * (len(shape) - 2), height, width).expand(present.shape)
+def _window(x: Tensor, keys: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A random square of each image: (n, height, width) bool, and the coordinates in it.
+
+    Returns
+    -------
+    inside, and for each row (n, height) and column (n, width) its number in the square, cut to it.
+    """
+    height, width = x.shape[-2:]
+    corner = _tensor.uniform(keys, (2,), torch.float64)
+    down, right = (
+        torch.arange(size, device=x.device)[None] - (draw * (size - side + 1)).long()[:, None]
+        for size, draw in ((height, corner[:, 0]), (width, corner[:, 1]))
+    )
+    rows, columns = ((at >= 0) & (at < side) for at in (down, right))
+    inside = rows[:, :, None] & columns[:, None, :]
+    return inside, down.clamp(0, side - 1), right.clamp(0, side - 1)
 
 
-def _signs(threat: LpBall, x: Tensor, keys: Tensor, inside: Tensor) -> Tensor:
-    """One random sign per channel of an image or per feature, times what the block may change."""
-    shape = list(x.shape[1:])
-    if _is_image(x):
-        shape[-2:] = [1, 1]
-    drawn = _tensor.uniform(_tensor.fold(keys, 1), tuple(shape), x.dtype)
-    signs = torch.where(drawn < 0.5, -1.0, 1.0).to(x.dtype)
-    extent = _extent(threat, x)
-    if threat.p in (1, 2):  # the budget is shared by the block
-        size = flat(inside).sum(1).to(x.dtype) ** (1 / threat.p)
-        extent = extent / size.reshape(-1, *[1] * (x.dim() - 1))
-    return signs * extent
+def _side(x: Tensor, share: float) -> int:
+    height, width = x.shape[-2:]
+    return min(max(1, round((share * height * width) ** 0.5)), height, width)
+
+
+def _block(x: Tensor, keys: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """A random square of each image, (n, *shape) bool, and one random sign per channel."""
+    inside, _, _ = _window(x, _tensor.fold(keys, 0), _side(x, share))
+    inside = inside.reshape(len(x), *[1] * (x.dim() - 3), *x.shape[-2:]).expand(x.shape)
+    return inside, _signs(_tensor.fold(keys, 1), (*x.shape[1:-2], 1, 1), x.dtype)
+
+
+def _corner_square(
+    threat: LpBall, x: Tensor, present: Tensor, keys: Tensor, share: float
+) -> Tensor:
+    """For p = ∞: the square goes to a corner of the budget, to the other one if it is there."""
+    inside, signs = _block(x, keys, share)
+    low, high = threat.span(x)
+    moved = torch.where(inside, torch.where(signs > 0, high, low) - x, present)
+    idle = column(flat(moved == present).all(1), x)
+    turned = torch.where(inside, torch.where(signs > 0, low, high) - x, present)
+    return torch.where(idle, turned, moved)
+
+
+def _shared_square(
+    threat: LpBall, x: Tensor, present: Tensor, keys: Tensor, share: float
+) -> Tensor:
+    """For p = 1: the square shares the budget evenly; the projection weighs it against the rest."""
+    inside, signs = _block(x, keys, share)
+    size = per_sample(flat(inside).sum(1).to(x.dtype), x)
+    return torch.where(inside, signs * _extent(threat, x) / size, present)
+
+
+def _hill(height: int, width: int, like: Tensor) -> Tensor:
+    """Σ_{j > r} 1/j² at Chebyshev distance r from the centre: a pyramid with a sharp top."""
+    down = (torch.arange(height, device=like.device) - height // 2).abs()
+    right = (torch.arange(width, device=like.device) - width // 2).abs()
+    distance = torch.maximum(down[:, None], right[None])
+    steps = 1 / torch.arange(1, int(distance.max()) + 2, device=like.device) ** 2
+    return steps.flip(0).cumsum(0).flip(0)[distance].to(like.dtype)
+
+
+def _hills(side: int, like: Tensor) -> Tensor:
+    """Two hills of opposite signs, one above the other, (side, side)."""
+    half = side // 2
+    lower = _hill(side - half, side, like)
+    return torch.cat([_hill(half, side, like), -lower]) if half else lower
+
+
+def _tiles(threat: LpBall, x: Tensor, present: Tensor, keys: Tensor, share: float) -> Tensor:
+    """For p = 2: a grid of hills with random signs, of the length of the budget."""
+    height, width = x.shape[-2:]
+    side = max(1, min(height, width) // TILES)
+    down, right = (torch.arange(size, device=x.device) for size in (height, width))
+    pattern = _hill(side, side, x)[down % side][:, right % side]
+    shape = (*x.shape[1:-2], -(-height // side), -(-width // side))
+    signs = _signs(keys, shape, x.dtype)[..., down // side, :][..., right // side]
+    grown = signs * pattern * _extent(threat, x)
+    return grown / per_sample(threat.norm(grown).clamp_min(1e-30), x) * per_sample(threat.eps, x)
+
+
+def _exchange(threat: LpBall, x: Tensor, present: Tensor, keys: Tensor, share: float) -> Tensor:
+    """For p = 2: hills are added to one square, with the length that another square gives up.
+
+    In units of scale u = δ/scale, per channel of C: u₁ ← a·t/‖t‖ and u₂ ← 0, where
+    t = ±hills/‖hills‖ + u₁/‖u₁‖ and a² = ‖u₁ ∪ u₂‖² + (ε² − ‖u‖²)/C.
+    """
+    unit = _extent(threat, x) / per_sample(threat.eps, x).clamp_min(1e-30)
+    shape = (len(x), -1, *x.shape[-2:])
+    unit = unit.reshape(shape)
+    spent = torch.where(unit > 0, present.reshape(shape) / unit, 0)
+    side = min(max(3, _side(x, share) // 2 * 2 + 1), *x.shape[-2:])
+    first, down, right = _window(x, _tensor.fold(keys, 0), side)
+    second, _, _ = _window(x, _tensor.fold(keys, 1), side)
+    first, second = first[:, None], second[:, None]
+    turn = (_tensor.uniform(_tensor.fold(keys, 2), (1,), x.dtype) < 0.5)[..., None]
+    hills = _hills(side, x)
+    hills = torch.where(
+        turn, hills[down[:, :, None], right[:, None]], hills.T[down[:, :, None], right[:, None]]
+    )
+    signs = _signs(_tensor.fold(keys, 3), (spent.shape[1], 1, 1), x.dtype)
+    grown = _unit(hills[:, None] * first * signs * (unit > 0)) + _unit(spent * first)
+    eps = per_sample(threat.eps, spent) * (1 - SLACK)
+    unused = (eps**2 - _length(spent, (1, 2, 3)) ** 2).clamp(min=0)
+    given = _length(spent * (first | second)) ** 2 + unused / spent.shape[1]
+    moved = torch.where(first, _unit(grown) * given.sqrt(), torch.where(second, 0, spent))
+    low, high = threat.span(x)
+    return (moved * unit).reshape(x.shape).clamp(low - x, high - x)
+
+
+def _length(x: Tensor, over: tuple[int, ...] = (2, 3)) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=over, keepdim=True)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """x/‖x‖₂ per channel, zero where x is."""
+    return x / _length(x).clamp_min(torch.finfo(x.dtype).tiny)
+
+
+# ---------------------------------------------------------------------- rows of features
+
+
+def _refill_all(threat: LpBall, x: Tensor, present: Tensor, keys: Tensor, share: float) -> Tensor:
+    """A random extreme member."""
+    return threat.argmax(_direction(threat, x, keys), x)
+
+
+def _refill(threat: LpBall, x: Tensor, present: Tensor, keys: Tensor, share: float) -> Tensor:
+    """Some features go to the argmax of a random direction, others give back what they spent."""
+    movable = _movable(threat, x)
+    count = (share * movable.sum(1)).round().clamp(min=1).long()
+    chosen = threat.tied(_some(movable, count, _tensor.fold(keys, 0)).reshape(x.shape))
+    released = chosen
+    if not math.isinf(threat.p):
+        given = _some(flat(present) != 0, count, _tensor.fold(keys, 1)).reshape(x.shape)
+        released = chosen | threat.tied(given)
+    kept = torch.where(released, 0, present)
+    left = replace(threat, eps=_left(threat, kept))
+    direction = torch.where(chosen, _direction(threat, x, _tensor.fold(keys, 2)), 0)
+    moved = kept + left.argmax(direction, x)
+    idle = flat(moved == present).all(1)
+    if bool(idle.any()):
+        moved = torch.where(column(idle, x), kept + left.argmax(-direction, x), moved)
+    return moved
+
+
+def _movable(threat: LpBall, x: Tensor) -> Tensor:
+    low, high = threat.span(x)
+    return flat(low < high)
+
+
+def _direction(threat: LpBall, x: Tensor, keys: Tensor) -> Tensor:
+    """Random signs and sizes, in units of what each feature may change; zero if it may not."""
+    low, high = threat.span(x)
+    drawn = 2 * _tensor.uniform(keys, tuple(x.shape[1:]), x.dtype) - 1
+    return torch.where(low < high, drawn / (high - low), 0)
+
+
+def _some(among: Tensor, count: Tensor, keys: Tensor) -> Tensor:
+    """Return ``count`` random features of those that are True, (n, d) bool."""
+    draw = _tensor.uniform(keys, (among.shape[1],), torch.float64).masked_fill(~among, 2)
+    rank = draw.argsort(1).argsort(1)
+    return among & (rank < count[:, None])
+
+
+def _left(threat: LpBall, kept: Tensor) -> Tensor:
+    """(ε^p − ‖kept‖^p)^(1/p): what others may spend; ε itself for p = ∞."""
+    eps = per_sample(threat.eps, kept.double()).reshape(-1).expand(len(kept))
+    if math.isinf(threat.p):
+        return eps
+    share = threat.norm(kept.double()) / eps.clamp_min(torch.finfo(eps.dtype).tiny)
+    return eps * (1 - share**threat.p).clamp(min=0) ** (1 / threat.p)
+
+
+# ---------------------------------------------------------------------- estimated gradients
+
+
+@attack(needs="scores", norms="1, 2, inf")
+def nes(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    threat: LpBall,
+    *,
+    loss: Any = None,
+    queries: int = 1000,
+    directions: int = 10,
+    radius: float = 0.1,
+    noise: str = "normal",
+    momentum: float = 0.5,
+    generator: torch.Generator | Tensor | int = 0,
+) -> Tensor:
+    """Gradient ascent whose gradient is estimated from outputs at mirrored random points.
+
+    g = 1/(2m) Σᵢ (f(x_adv + r·uᵢ) − f(x_adv − r·uᵢ)) uᵢ, v ← momentum·v + g/‖g‖₁,
+    x_adv ← project(x_adv + α·steepest(v)); α falls from 2ε to 0 as a cosine, and the best point
+    on the path counts.
+
+    Parameters
+    ----------
+    x, y, loss : as for `fgsm`.
+    queries : forward passes a sample, at most; a step takes 2·directions + 1 of them, in one
+        batch of 2·directions copies.
+    directions : m, random directions a step.
+    radius : r, in units of what each feature may change. Larger for models with steps (trees).
+    noise : ``"normal"`` (natural evolution strategies), or ``"signs"``: u = ±1, SPSA.
+    momentum : share of the last direction that is kept: it averages the noise.
+    generator : as for `LpBall.sample`.
+
+    Returns
+    -------
+    (n, *shape), in the threat without tolerance. Samples leave when they are broken.
+
+    Notes
+    -----
+    Source: Ilyas et al. (2018), and Uesato et al. (2018) for signs. Probes are cut to the box.
+
+    Examples
+    --------
+    >>> threat = LpBall(float("inf"), 0.5)
+    >>> x, y = torch.zeros(1, 3), torch.tensor([0])
+    >>> nes(lambda a: a @ [[1, -1]] * 3, x, y, threat, queries=50)
+    tensor([[-0.5000, -0.5000, -0.5000]])
+    """
+    if noise not in ("normal", "signs"):
+        raise InputError(f"noise must be normal or signs; got {noise!r}")
+    if directions < 1 or queries < 2 * directions + 2:
+        raise InputError(
+            f"a step takes {2 * directions + 1} queries and x takes one; got {queries} in all"
+        )
+    chosen = losses.get(loss, str(model.task))
+    keys = _tensor.keys(generator, x)
+    steps = (queries - 1) // (2 * directions + 1)
+    best, point, velocity = x.clone(), x.clone(), torch.zeros_like(x)
+    output = model(x)
+    value = chosen.objective(output, y)
+    rows = (~chosen.broken(output, y)).nonzero().squeeze(1)
+    for k in range(steps):
+        if len(rows) == 0:
+            break
+        held, around, here, now = threat.select(rows), x[rows], point[rows], _tensor.fold(keys, k)
+        reach = torch.where(_movable_where(held, around), _extent(held, around), 0)
+        probes = _mirrored(held, around, here, now[rows], directions, radius * reach, noise)
+        rise = _rise(model, chosen, probes, y[rows])
+        gradient = torch.einsum("mn,mn...->n...", rise, probes[0] - probes[1])
+        gradient = torch.where(reach > 0, gradient / reach**2, 0)
+        velocity[rows] = momentum * velocity[rows] + gradient / per_sample(
+            flat(gradient).abs().sum(1).clamp_min(torch.finfo(x.dtype).tiny), x
+        )
+        size = 1 + math.cos(math.pi * k / steps)
+        free = replace(held, lower=None, upper=None)
+        moved = here - around + size * free.argmax(held.inward(velocity[rows], here))
+        point[rows] = here = held.restrict(around, held.project(moved, around))
+        output = model(here)
+        reached = chosen.objective(output, y[rows]).to(value.dtype)
+        broken = chosen.broken(output, y[rows])
+        better = (reached > value[rows]) | broken
+        best[rows[better]], value[rows[better]] = here[better], reached[better]
+        rows = rows[~broken]
+    return best
+
+
+def _movable_where(threat: LpBall, x: Tensor) -> Tensor:
+    return _movable(threat, x).reshape(x.shape)
+
+
+def _mirrored(
+    threat: LpBall,
+    x: Tensor,
+    point: Tensor,
+    keys: Tensor,
+    directions: int,
+    radius: Tensor,
+    noise: str,
+) -> Tensor:
+    """Return points on both sides of ``point``, cut to the box: (2, directions, n, *shape)."""
+    shape = (directions, *x.shape[1:])
+    drawn = (_tensor.normal if noise == "normal" else _signs)(keys, shape, x.dtype)
+    drawn = drawn.transpose(0, 1) * radius
+    low, high = replace(threat, eps=threat.eps * 1e6).span(x)
+    return torch.stack([point + drawn, point - drawn]).clamp(low, high)
+
+
+def _rise(model: Model, loss: losses.Loss, probes: Tensor, y: Tensor) -> Tensor:
+    """Return the objective's differences (directions, n) between mirrored points, in one batch."""
+    sides, directions, n = probes.shape[:3]
+    output = model(probes.reshape(sides * directions * n, *probes.shape[3:]))
+    value = loss.objective(output, y.repeat(sides * directions)).reshape(sides, directions, n)
+    return (value[0] - value[1]).to(probes.dtype).nan_to_num(0)

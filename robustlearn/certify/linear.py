@@ -70,7 +70,7 @@ def linear(model: Model, x: Tensor, threat: LpBall, y: Tensor | None) -> Certifi
     slack = 2 * _rounding(model, x, threat)  # a margin is the difference of two outputs
     return Certificate(
         method="linear",
-        exact=True,
+        exact=threat.tight,
         radius=rows(torch.where(predicted, radius, 0)),
         certified=rows(predicted & (margin > slack)),
         margin=rows(margin),
@@ -88,7 +88,9 @@ def _interval(
     if y is not None:
         target = y.detach().cpu().double()
         loss = rows(torch.maximum((upper - target).abs(), (lower - target).abs()) ** 2)
-    return Certificate("linear", exact=True, lower=rows(lower), upper=rows(upper), loss=loss)
+    return Certificate(
+        "linear", exact=threat.tight, lower=rows(lower), upper=rows(upper), loss=loss
+    )
 
 
 def _pairwise_norms(weight: Tensor, threat: LpBall) -> Tensor:
