@@ -1,4 +1,4 @@
-"""`diagnose`: may the outcome of attacks on this model be believed?"""
+"""`diagnose`: whether the outcome of attacks on a model can be believed."""
 
 import math
 from collections.abc import Mapping, Sequence

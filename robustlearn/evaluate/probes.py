@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from robustlearn import _tensor, losses
-from robustlearn._tensor import flat
+from robustlearn._tensor import column, flat
 from robustlearn.attacks import ATTACKS
 from robustlearn.errors import ModelError
 from robustlearn.models import Model, TorchModel, wrap
@@ -100,8 +100,9 @@ class Probes:
 
     @cached_property
     def scale(self) -> Tensor:
-        """The median size of the clean objective: the unit in which differences are judged."""
-        return self.clean.abs().median().clamp_min(torch.finfo(self.clean.dtype).tiny)
+        """Median |f(x)| + median |f(x_adv) − f(x)|: the unit in which differences are judged."""
+        size = self.clean.abs().median() + (self.best.value - self.clean).abs().median()
+        return size.clamp_min(torch.finfo(size.dtype).tiny)
 
     def value(self, points: Tensor) -> Tensor:
         """Return the objective at points, (n,)."""
@@ -182,11 +183,26 @@ class Probes:
         return Reached(point, self.value(point))
 
     def _climb(self, threat: LpBall, steps: int, run: int) -> Reached:
+        """Ascend from x (run 0) or at random; half the steps each way where it is a regressor."""
+        if self.classifies:
+            point, path = self._follow(threat, steps, run, self.loss, losses.soft_margin)
+            return Reached(point, self.value(point), path)
+        ends = []
+        for way in (_up, _down):
+            point, _ = self._follow(threat, -(-steps // 2), run, way, way)
+            ends.append(Reached(point, self.value(point)))
+        first = column(ends[0].value > ends[1].value, self.x)
+        point = torch.where(first, ends[0].point, ends[1].point)
+        return Reached(point, torch.maximum(ends[0].value, ends[1].value))
+
+    def _follow(
+        self, threat: LpBall, steps: int, run: int, loss: losses.Loss, early: losses.Loss
+    ) -> tuple[Tensor, Tensor]:
+        """Run `pgd`, by another slope in its first half; return its points and its path."""
         path: list[Tensor] = []
-        gentle = losses.soft_margin if self.classifies else self.loss
 
         def look(output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            chosen = gentle if len(path) < steps // 2 else self.loss
+            chosen = early if len(path) < steps // 2 else loss
             value, slope = chosen.look(output, y)
             path.append(value)
             return value, slope
@@ -196,13 +212,13 @@ class Probes:
             self.x,
             self.y,
             threat,
-            loss=_Watched(self.loss, look),
+            loss=_Watched(loss, look),
             steps=steps,
             random_start=run > 0,
             stop_when_broken=False,
             generator=_tensor.fold(self.keys, run),
         )
-        return Reached(point, self.value(point), torch.stack(path))
+        return point, torch.stack(path)
 
     def _search(self, threat: LpBall, run: int) -> Reached:
         point = ATTACKS["square"].function(
@@ -245,12 +261,14 @@ class Probes:
 
     def in_double(self) -> Tensor | None:
         """Return the outputs of a float64 copy; None where the model cannot be copied."""
-        plain = isinstance(self.model, TorchModel) and self.model.dtype is torch.float32
-        if not plain or self.model._probabilities or self.model._head is not None:
+        model = self.model
+        if not isinstance(model, TorchModel) or model.dtype is not torch.float32:
+            return None
+        if model._probabilities or model._head is not None:
             return None
         try:
-            module = copy.deepcopy(self.model.module).double()
-            return wrap(module, task=self.model.task, output="logits")(self.x.double())
+            module = copy.deepcopy(model.module).double()
+            return wrap(module, task=model.task, output="logits")(self.x.double())
         except (RuntimeError, ModelError, TypeError):
             return None
 
@@ -295,6 +313,14 @@ class _Watched(losses.Loss):
     def look(self, output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return the objective (n,) and its derivative by the output."""
         return self._seen_by(output, y)
+
+
+def _output(output: Tensor, y: Tensor) -> Tensor:
+    return output.reshape(len(y))
+
+
+_up = losses.Loss(_output, ascend=True, won=None)
+_down = losses.Loss(_output, ascend=False, won=None)
 
 
 def distilled(x: Tensor, targets: Tensor, *, width: int = 128, seed: int = 0) -> nn.Module:
