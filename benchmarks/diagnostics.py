@@ -1,6 +1,6 @@
 """Verdicts on broken defences and on sound models: detections and false alarms.
 
-The thresholds of robustlearn.evaluate.checks were set on the development half of the models; the
+The thresholds of robustlearn.evaluate.checks.base were set on the development half of the models; the
 other half was only looked at afterwards.
 """
 
@@ -99,7 +99,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         right = row["trustworthy"] == row["sound"]
         verdict = "trustworthy" if row["trustworthy"] else "suspicious"
         planted = f"{row['found']} of {row['planted']}" if row["planted"] is not None else "–"
-        failed = row["failed"].replace("_", " ").replace(" ", "\u00a0") and row["failed"].split()
+        failed = row["failed"].split()
         table.add_row(
             row["half"],
             row["model"],

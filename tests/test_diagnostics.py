@@ -16,7 +16,7 @@ from robustlearn import _tensor, data, losses
 from robustlearn.attacks import ATTACKS
 from robustlearn.cli import run
 from robustlearn.evaluate import CHECKS, diagnose, unit_test
-from robustlearn.evaluate.checks import _bend
+from robustlearn.evaluate.checks.gradients import _bend
 from robustlearn.evaluate.probes import Probes, Reached, everywhere
 
 THREAT = rl.LpBall(math.inf, 0.1, lower=0.0, upper=1.0)

@@ -11,7 +11,7 @@ from torch import Tensor
 from robustlearn import _tensor
 from robustlearn.errors import InputError
 from robustlearn.evaluate.checks import CHECKS, unsuitable
-from robustlearn.evaluate.probes import Probes
+from robustlearn.evaluate.probes import LEARNED_FROM, Probes
 from robustlearn.models import Model, wrap
 from robustlearn.models import labels as labels_of
 from robustlearn.threats import LpBall
@@ -116,7 +116,7 @@ def diagnose(
     -----
     Source: Carlini et al. (2019), On Evaluating Adversarial Robustness; Croce and Hein (2020),
     for the flags of AutoAttack; Pintor et al. (2022), Indicators of Attack Failure. Thresholds
-    are in `checks`; benchmarks/diagnostics.py measures detections and false alarms.
+    are in `checks.base`; benchmarks/diagnostics.py measures detections and false alarms.
 
     Examples
     --------
@@ -180,7 +180,7 @@ def _probes(
         x[rows].to(model.device),
         y[rows].to(model.device),
         threat.select(rows),
-        pool=x.to(model.device),
+        pool=x[:LEARNED_FROM].to(model.device),
         keys=keys.to(model.device),
         record=record,
         surrogate=surrogate,

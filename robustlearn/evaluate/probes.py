@@ -44,7 +44,7 @@ class Probes:
     model : held in a session by the caller.
     x, y : (n, *shape), (n,) samples to look at, on the model's device.
     threat : for these samples.
-    pool : more samples of the same kind, from which a surrogate is learned.
+    pool : samples of the same kind, from which a surrogate is learned.
     record : by attack, the samples that it broke, x first and others that the model gets right
         after them; in the order in which attacks ran.
     surrogate : a model to transfer attacks from; None learns one.
@@ -290,14 +290,14 @@ class Probes:
 
         It learns the outputs, centred and scaled, of the pool and of noisy copies of it.
         """
-        pool = self.pool[:LEARNED_FROM]
+        pool = self.pool
         keys = _tensor.fold(torch.arange(len(pool), device=pool.device), 6)
         noise = replace(self.threat, eps=_largest(self.threat.eps))
         points = [pool]
         for number in range(COPIES):
             points.append(pool + noise.sample(pool, _tensor.fold(keys, number)))
         inputs = torch.cat(points)
-        outputs = torch.cat([self.model(part) for part in points])
+        outputs = torch.cat([self.model(part) for whole in points for part in whole.split(256)])
         targets = outputs.reshape(len(inputs), -1).float()
         targets = (targets - targets.mean(0)) / targets.std().clamp_min(1e-12)
         return wrap(distilled(inputs.float(), targets), task=self.model.task)
