@@ -1,7 +1,7 @@
 """Verdicts on broken defences and on sound models: detections and false alarms.
 
-The thresholds of robustlearn.evaluate.checks.base were set on the development half of the models; the
-other half was only looked at afterwards.
+The thresholds of robustlearn.evaluate.checks.base were set on the development half of the models;
+the other half was only looked at afterwards.
 """
 
 import importlib.util
