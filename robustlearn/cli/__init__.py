@@ -248,6 +248,59 @@ def fit_linear(
         linear.show(result, out)
 
 
+@app.command("unit-test")
+def plant(
+    model: Model,
+    data: Data,
+    eps: Eps,
+    norm: Norm = "linf",
+    lower: Lower = None,
+    upper: Upper = None,
+    target: Target = None,
+    attack: Annotated[
+        str, typer.Option(help="What is tested: NAME, or NAME:option=value.")
+    ] = "pgd",
+    features: Annotated[
+        str, typer.Option(help="What the planted head reads: auto, outputs or 'last linear'.")
+    ] = "auto",
+    tests: Annotated[int, typer.Option(min=1, help="Samples that are tested.")] = 32,
+    verdict: Annotated[
+        bool, typer.Option("--verdict", help="Also look for signs that attacks fail.")
+    ] = False,
+    device: Device = "auto",
+    seed: Seed = 0,
+    limit: Limit = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Plant adversarial examples, and count how many of them an attack finds."""
+    from robustlearn.cli import inputs, screen
+    from robustlearn.cli import unit_test as testing
+
+    samples, _ = inputs.samples(data, target, limit, seed)
+    wrapped = inputs.model(model, task=None, allow_pickle=allow_pickle)
+    threat = inputs.threat(norm, eps, lower, upper)
+    with screen.progress(show=not (quiet or as_json)) as progress:
+        result = testing.tested(
+            wrapped,
+            samples,
+            threat,
+            attack=attack,
+            features=features,
+            tests=tests,
+            verdict=verdict,
+            seed=seed,
+            device=device,
+            progress=progress,
+        )
+    if as_json:
+        whole = inputs.plain(testing.plain(wrapped, samples, threat, result))
+        typer.echo(json.dumps(whole, indent=1, allow_nan=False))
+    elif not quiet:
+        testing.show(wrapped, samples, threat, result)
+
+
 @app.command()
 def attacks(as_json: AsJson = False) -> None:
     """List the attacks, and the sets of them that evaluate knows."""

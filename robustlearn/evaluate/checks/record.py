@@ -1,0 +1,79 @@
+"""What an evaluation found already, and what is left of it on 8-bit images."""
+
+import torch
+from torch import Tensor
+
+from robustlearn._tensor import flat
+from robustlearn.attacks import ATTACKS
+from robustlearn.evaluate.checks.base import (
+    SCORES,
+    SHARE,
+    Outcome,
+    check,
+)
+from robustlearn.evaluate.probes import Probes
+
+
+@check(needs="evaluation", task="classification", remedy="run stronger attacks: a probe sufficed")
+def evaluation_finds_what_probes_find(probes: Probes) -> Outcome:
+    """No sample that the evaluation left standing is broken by a probe."""
+    standing = ~torch.stack(list(probes.record.values())).any(0)[: len(probes.x)].to(
+        probes.x.device
+    )
+    rivals = [probes.best, probes.noisy, *([probes.searched] if probes.has_gradient else [])]
+    found = torch.stack([rival.value > 0 for rival in rivals]).any(0)
+    share = float((standing & found).float().mean())
+    reason = f"cheap probes break {share:.0%} of the samples that the evaluation left standing"
+    return not bool((standing & found).any()), {"missed": share}, reason
+
+
+@check(needs="evaluation", task="classification", remedy=f"the gradient is masked: {SCORES}")
+def scores_add_little_to_gradients(probes: Probes) -> Outcome:
+    """Of what attacks by gradient left, those by scores alone broke less than a tenth.
+
+    All samples of the evaluation count that the model gets right.
+    """
+    after: dict[bool, Tensor] = {}
+    for label, mask in probes.record.items():
+        name = label.split(":")[0]
+        blind = name in ATTACKS and ATTACKS[name].facts["needs"] == "scores"
+        after[blind] = after[blind] | mask if blind in after else mask
+    if len(after) < 2:
+        return None
+    left = int((~after[False]).sum())
+    more = int((after[True] & ~after[False]).sum())
+    share = more / max(left, 1)
+    reason = f"attacks without gradients broke {more} of {left} that those with gradients left"
+    return share <= SHARE or more < 3, {"share": share, "broken": more}, reason
+
+
+@check(
+    needs="scores", task="classification", remedy="report robust accuracy on 8-bit images besides"
+)
+def survives_eight_bits(probes: Probes) -> Outcome:
+    """Share of broken samples that are so still with features rounded to the nearest k/255.
+
+    Only where the box is [0, 1] and x itself lies on that grid.
+    """
+    grid = flat(probes.x) * 255
+    unit = probes.threat.lower == 0.0 and probes.threat.upper == 1.0
+    if not unit or bool(((grid - grid.round()).abs() > 1e-3).any()):
+        return None
+    broken = probes.best.value > 0
+    if int(broken.sum()) < 4:
+        return None
+    coarse = (probes.best.point * 255).round() / 255
+    kept = float((probes.value(coarse) > 0)[broken].float().mean())
+    reason = f"only {kept:.0%} of the broken samples stay broken on the grid of 8-bit images"
+    return kept >= 0.5, {"kept": kept}, reason
+
+
+@check(needs="evaluation", task="classification", remedy="use the margin: dlr needs more classes")
+def enough_classes_for_dlr(probes: Probes) -> Outcome:
+    """dlr was used with 3 classes or more, its targeted form with 4. Source: AutoAttack's flag."""
+    used = [label for label in probes.record if "dlr" in label]
+    if not used:
+        return None
+    least = 4 if any("targeted_dlr" in label for label in used) else 3
+    classes = int(probes.model.num_classes or 2)
+    return classes >= least, {"classes": classes}, f"dlr was used with {classes} classes"
