@@ -1,6 +1,7 @@
 """`evaluate`: attacks in order of cost on what still stands, then both bounds per sample."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,22 +10,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustlearn import losses
+from robustlearn import _tensor, losses
 from robustlearn._tensor import per_sample
 from robustlearn.attacks import ATTACKS, unsuitable
 from robustlearn.certify import CERTIFICATES, Certificate, applicable
 from robustlearn.certify import certify as prove
 from robustlearn.errors import ContradictionError, InputError, ModelError
 from robustlearn.evaluate import inputs
+from robustlearn.evaluate.diagnostics import Verdict, diagnose
 from robustlearn.evaluate.harness import Harness, Progress, Tally, attacked
-from robustlearn.evaluate.plans import PRESETS, plan
-from robustlearn.evaluate.results import AttackRun, Estimate, Report, Sample
+from robustlearn.evaluate.plans import PRESETS, Budget, Step, plan
+from robustlearn.evaluate.results import AttackRun, Audit, Estimate, Report, Sample
 from robustlearn.evaluate.state import State
 from robustlearn.models import labels as labels_of
 from robustlearn.models import wrap
 from robustlearn.threats import LpBall
 
 SHRINKS = 8  # halvings of the segment from a sample to its adversarial example
+NEAR = 4  # one sample of so many is near the boundary
+AUDITED = 64  # samples of an audit; twice as many or fewer are all attacked
 
 
 def evaluate(
@@ -35,6 +39,7 @@ def evaluate(
     *,
     attacks: str | Sequence[Any] = "standard",
     certify: str = "auto",
+    budget: Budget | str | None = None,
     seed: int = 0,
     batch_size: int = 256,
     device: Any = None,
@@ -56,9 +61,14 @@ def evaluate(
     x, y : samples (n, *shape) and labels or targets (n,): arrays, tensors or data frames. x is
         taken to the dtype of the model first; distances are from there.
     threat : what the adversary may do.
-    attacks : ``"quick"``, ``"standard"``, names, or (name, options) pairs; in this order, each
-        on the samples that still stand.
+    attacks : ``"quick"``, ``"standard"``, ``"thorough"``, ``"autoattack"`` (the protocol of
+        AutoAttack), names, or (name, options) pairs; in this order, each on the samples that
+        still stand. A step may keep to those near the boundary, or to an audit of a random few;
+        an audit that breaks one goes on with all, and the report bounds what it left undone.
+        Samples that are certified are attacked once, as a check of the certificate.
     certify : ``"auto"``, a method, or ``"none"``.
+    budget : the most gradients and forward passes a sample, ``"gradients=60,forwards=500"``;
+        attacks are shortened to fit, or left out, and the report says which.
     seed : of the random starts. Results do not depend on the batch that a sample travels in.
     batch_size : samples sent together; halved when the memory does not suffice.
     device : ``"auto"`` for an accelerator if there is one, a torch device, or None for where
@@ -94,6 +104,7 @@ def evaluate(
     names = tuple(feature_names) if feature_names is not None else inputs.columns(x)
     points = inputs.points(x, threat)
     steps = plan(attacks)
+    limits = Budget.parse(budget) if isinstance(budget, str) else budget or Budget()
     with model.on(device):
         points = threat.cast(points, model.dtype)
         labels = labels_of(model, points, y)
@@ -105,6 +116,7 @@ def evaluate(
             harness,
             steps,
             certify,
+            limits,
             resume,
             explicit=not (isinstance(attacks, str) and attacks in PRESETS),
         ).report(data, classes, names)
@@ -116,16 +128,20 @@ class _Evaluation:
     def __init__(
         self,
         harness: Harness,
-        steps: list[tuple[str, str, dict[str, Any]]],
+        steps: list[Step],
         certify: str,
+        budget: Budget,
         resume: str | Path | None,
         explicit: bool,
     ) -> None:
         self.harness, self.steps, self.method = harness, steps, certify
         self.model, self.threat = harness.model, harness.threat
         self.x, self.y = harness.x, harness.y
-        self.explicit = explicit
+        self.explicit, self.budget = explicit, budget
+        self.spent = Budget(0, 0)
         self.notes: list[str] = []
+        self.broke: dict[str, Tensor] = {}
+        self.verdict: Verdict | None = None
         clean = harness.outputs("clean", self.x)
         self.clean = inputs.finite(self.model, clean)
         self.value = harness.loss(self.clean, self.y)  # margin, or squared error
@@ -145,9 +161,13 @@ class _Evaluation:
         self._look_at_the_output()
         certificate, about = self._certify()
         usable = self._usable()
-        runs = [self._attack(*step, usable) for step in self.steps]
+        self.proven = torch.zeros(len(self.x), dtype=torch.bool)
+        if certificate is not None and certificate.certified is not None:
+            self.proven = torch.from_numpy(certificate.certified)
+        runs = [self._attack(step, usable) for step in self.steps]
         self._shrink()
         self._check(certificate)
+        verdict = self._verdict(certificate)
         found, proven = self._totals(certificate)
         if not any(run.attempted for run in runs) and bool(self.standing.any()):
             self.notes.append(
@@ -168,6 +188,7 @@ class _Evaluation:
             certificate=about,
             samples=self._samples(certificate),
             attacks=tuple(runs),
+            verdict=verdict,
             notes=tuple(dict.fromkeys([*self.model.notes, *self.notes])),
             seed=self.harness.seed,
             environment=inputs.environment(self.model),
@@ -186,7 +207,8 @@ class _Evaluation:
             "data": digest.hexdigest(),
             "threat": self.threat.describe(),
             "samples": self.harness.numbers.tolist(),
-            "attacks": [label for label, _, _ in self.steps],
+            "attacks": [step.label for step in self.steps],
+            "budget": [self.budget.gradients, self.budget.forwards],
             "seed": self.harness.seed,
         }
 
@@ -242,35 +264,132 @@ class _Evaluation:
 
     # ------------------------------------------------------------------ attacks
 
-    def _attack(
-        self, label: str, name: str, options: dict[str, Any], broken: str | None
-    ) -> AttackRun:
-        reason = unsuitable(name, self.model, self.threat, tuple(self.x.shape[1:]))
-        if reason is None and broken is not None and ATTACKS[name].facts["needs"] == "gradient":
-            reason = broken
-        loss = losses.LOSSES.get(options.get("loss", ""))
-        if loss is not None and loss.task != self.model.task:
-            reason = f"{loss.name} is a loss for {loss.task}"
+    def _attack(self, step: Step, broken: str | None) -> AttackRun:
+        reason = self._unfit(step, broken)
+        if reason is not None and self.explicit:
+            raise InputError(reason)
         if reason is not None:
-            if self.explicit:
-                raise InputError(reason)
-            return AttackRun(label, skipped=reason)
-        rows = self.standing.nonzero().squeeze(1)
-        tally, before = Tally(), int(self.standing.sum())
+            return AttackRun(step.label, skipped=reason)
+        affordable = self.budget.less(self.spent).trimmed(step)
+        if affordable is None:
+            return AttackRun(step.label, skipped=f"the budget is spent: {self.budget}")
+        rows = self._chosen(affordable)
+        standing = self.standing.clone()
         if len(rows):
-            for batch, x_adv in attacked(
-                self.harness, label, ATTACKS[name].function, options, rows, self.state, tally
-            ):
-                self._keep(label, batch, x_adv, tally)
+            self.spent = self.spent.plus(affordable)
+        tally = Tally()
+        self._run(affordable, affordable.label, rows, tally)
+        rest = self._rest(affordable, rows)
+        if len(rest) and bool((standing & ~self.standing).any()):
+            self._run(affordable, f"{affordable.label}-rest", rest, tally)
+            rows, rest = torch.cat([rows, rest]), rest[:0]
+        self.broke[affordable.label] = standing & ~self.standing
         return AttackRun(
-            label,
+            affordable.label,
             attempted=len(rows),
-            broken=before - int(self.standing.sum()),
+            broken=int(self.broke[affordable.label].sum()),
             unstable=tally.unstable,
             forwards=tally.forwards,
             backwards=tally.backwards,
             seconds=tally.seconds,
+            audit=Audit(tried=len(rows), left=len(rest)) if len(rest) else None,
         )
+
+    def _unfit(self, step: Step, broken: str | None) -> str | None:
+        """Say why an attack cannot run."""
+        reason = unsuitable(step.name, self.model, self.threat, tuple(self.x.shape[1:]))
+        if reason is None and broken is not None and step.needs == "gradient":
+            reason = broken
+        loss = losses.LOSSES.get(step.options.get("loss", ""))
+        if loss is not None and loss.task != self.model.task:
+            reason = f"{loss.name} is a loss for {loss.task}"
+        return reason
+
+    def _run(self, step: Step, stage: str, rows: Tensor, tally: Tally) -> None:
+        if len(rows) == 0:
+            return
+        function = ATTACKS[step.name].function
+        for batch, x_adv in attacked(
+            self.harness, stage, function, step.options, rows, self.state, tally
+        ):
+            self._keep(step.label, batch, x_adv, tally)
+
+    def _chosen(self, step: Step) -> Tensor:
+        """Return the samples that a step works on: what stands, and of that its scope."""
+        standing = self.standing
+        if self.broke:  # one attack has met the certified samples, and none can break them
+            standing = standing & ~self.proven
+        rows = standing.nonzero().squeeze(1)
+        if self.model.task != "classification":
+            return rows
+        if step.scope == "near" and len(rows) > 2 * NEAR:
+            way = (self.value - self.worst)[rows]
+            order = (self.worst[rows] / way.clamp_min(torch.finfo(way.dtype).tiny)).argsort()
+            return rows[order[: -(-len(rows) // NEAR)]].sort().values
+        if step.scope == "audit" and len(rows) > 2 * AUDITED and not self._masked():
+            keys = _tensor.fold(
+                torch.full_like(rows, self.harness.seed), self.harness.numbers[rows]
+            )
+            return rows[keys.argsort()[:AUDITED]].sort().values
+        return rows
+
+    def _rest(self, step: Step, rows: Tensor) -> Tensor:
+        """Return the samples that an audit has left out."""
+        if step.scope != "audit" or self.model.task != "classification":
+            return rows[:0]
+        left = self.standing & ~self.proven
+        left[rows] = False
+        return left.nonzero().squeeze(1)
+
+    def _masked(self) -> bool:
+        """Tell whether black-box attacks must run in full: gradients are missing or suspicious."""
+        if not self.model.differentiable or not any(
+            ATTACKS[step.name].facts["needs"] == "gradient" and step.label in self.broke
+            for step in self.steps
+        ):
+            return True
+        if self.verdict is None:
+            self.verdict = self._diagnosis()
+        return self.verdict is not None and bool(self.verdict.failed)
+
+    def _diagnosis(self) -> Verdict | None:
+        if self.threat.p not in (1, 2, math.inf):
+            return None
+        self.harness.progress("diagnosis", 0, 1)
+        verdict = diagnose(
+            self.model,
+            self.x,
+            self._named(self.y.numpy()),
+            self.threat,
+            outputs=self.clean,
+            broken=self.broke,
+            seed=self.harness.seed,
+        )
+        self.harness.progress("diagnosis", 1, 1)
+        return verdict
+
+    def _verdict(self, certificate: Certificate | None) -> dict[str, Any]:
+        """Return what there is to say on whether the attacked figure can be believed."""
+        if self._closed(certificate):
+            return {
+                "trustworthy": True,
+                "text": "certain: the certificate meets the attack",
+                "findings": [],
+            }
+        verdict = self.verdict or self._diagnosis()
+        if verdict is None:
+            text = f"no verdict: the checks know the norms 1, 2 and inf, not {self.threat.p:g}"
+            return {"trustworthy": None, "text": text, "findings": []}
+        return {**verdict.to_dict(), "text": str(verdict)}
+
+    def _closed(self, certificate: Certificate | None) -> bool:
+        """Tell whether no sample is left between certificate and attack."""
+        if certificate is None:
+            return False
+        if certificate.certified is not None:
+            return not bool((self.standing & ~self.proven).any())
+        worst = self.worst.double().numpy()
+        return certificate.loss is not None and np.allclose(worst, certificate.loss, rtol=1e-3)
 
     def _keep(self, label: str, rows: Tensor, x_adv: Tensor, tally: Tally) -> None:
         value, broken, unstable = self.harness.measured(rows, x_adv)

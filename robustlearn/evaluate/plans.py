@@ -1,6 +1,7 @@
 """Which attacks run, in which order, and on which samples."""
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,6 +10,7 @@ from robustlearn.attacks import ATTACKS
 from robustlearn.errors import InputError
 
 SCOPES = ("all", "near", "audit")
+COUNTS = ("restarts", "targets", "searches", "steps", "queries")  # in the order they are cut
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,21 @@ class Step:
         """Name, options and scope as they are written in text."""
         whole = ":".join([self.name, *(f"{key}={value}" for key, value in self.options.items())])
         return whole if self.scope == "all" else f"{whole}@{self.scope}"
+
+    @property
+    def needs(self) -> str:
+        """What the attack needs of a model."""
+        return str(ATTACKS[self.name].facts["needs"])
+
+    @property
+    def calls(self) -> dict[str, int]:
+        """Factors of how often a sample goes through the model: the options that count it."""
+        known = inspect.signature(ATTACKS[self.name].function).parameters
+        return {
+            key: max(1, self.options.get(key, known[key].default))
+            for key in COUNTS
+            if key in known and isinstance(known[key].default, int)
+        }
 
 
 def _steps(*rows: tuple[Any, ...]) -> tuple[Step, ...]:
@@ -122,42 +139,36 @@ class Budget:
             found[key] = int(value)
         return cls(**found)
 
-    def left(self, gradients: float, forwards: float) -> "Budget":
-        """Return what is left after so much a sample."""
+    def less(self, spent: "Budget") -> "Budget":
+        """Return what is left."""
         return Budget(
-            None if self.gradients is None else max(0, int(self.gradients - gradients)),
-            None if self.forwards is None else max(0, int(self.forwards - forwards)),
+            None if self.gradients is None else max(0, self.gradients - (spent.gradients or 0)),
+            None if self.forwards is None else max(0, self.forwards - (spent.forwards or 0)),
         )
 
-    def trimmed(self, step: Step) -> Step | None:
-        """Return the step with what is affordable, or None.
+    def plus(self, step: Step) -> "Budget":
+        """Add what a sample that stands throughout a step costs; a gradient takes a pass too."""
+        calls = math.prod(step.calls.values())
+        gradients = calls if step.needs == "gradient" else 0
+        return Budget((self.gradients or 0) + gradients, (self.forwards or 0) + calls)
 
-        The first to go are restarts, then targets, then steps and queries.
-        """
-        limits = [limit for limit in (self.gradients, self.forwards) if limit is not None]
-        facts = ATTACKS[step.name].facts
-        if facts["needs"] in ("scores", "labels"):
-            limits = [limit for limit in (self.forwards,) if limit is not None]
-        if facts["needs"] == "affine" or not limits:
+    def trimmed(self, step: Step) -> Step | None:
+        """Return the step with what is affordable: restarts go first, steps last. None for none."""
+        limits = [self.forwards, self.gradients if step.needs == "gradient" else None]
+        most = min((limit for limit in limits if limit is not None), default=None)
+        if most is None or step.needs == "affine":
             return step
-        most, options = min(limits), dict(step.options)
-        known = inspect.signature(ATTACKS[step.name].function).parameters
-        spends = {
-            key: int(options.get(key, known[key].default)) or 1
-            for key in ("restarts", "targets", "searches", "rivals", "steps", "queries")
-            if key in known
-        }
-        for key, count in spends.items():
-            others = 1
-            for other, value in spends.items():
-                others *= value if other != key else 1
-            if others * count > most:
-                spends[key] = max(1, most // others)
-                options[key] = spends[key]
-        total = 1
-        for value in spends.values():
-            total *= value
-        return None if total > most else replace(step, options=options)
+        calls, options = step.calls, dict(step.options)
+        for key in calls:
+            total = math.prod(calls.values())
+            if total > most:
+                calls[key] = options[key] = max(1, calls[key] * most // total)
+        return replace(step, options=options) if math.prod(calls.values()) <= most else None
+
+    def __str__(self) -> str:
+        """Write it as `parse` reads it."""
+        named = {"gradients": self.gradients, "forwards": self.forwards}
+        return ",".join(f"{key}={limit}" for key, limit in named.items() if limit is not None)
 
 
 def _check_options(name: str, options: dict[str, Any]) -> None:

@@ -85,6 +85,29 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Audit:
+    """An attack that was tried on a random part of the samples, and broke none of it.
+
+    ``bound`` is the share of those left out that it would break at most, with 95% confidence:
+    1 − 0.05^(1/tried), Clopper and Pearson's one-sided limit for nothing found.
+    """
+
+    tried: int
+    left: int
+
+    @property
+    def bound(self) -> float:
+        """The share, as above."""
+        return float(1 - 0.05 ** (1 / self.tried))
+
+    def __str__(self) -> str:
+        return (
+            f"tried on {self.tried} samples chosen at random, where it broke none: with 95% "
+            f"confidence it would break at most {self.bound:.1%} of the {self.left} others"
+        )
+
+
+@dataclass(frozen=True)
 class AttackRun:
     """One attack of an evaluation: what it did and what it cost.
 
@@ -100,7 +123,14 @@ class AttackRun:
     forwards: int = 0
     backwards: int = 0
     seconds: float = 0.0
+    audit: Audit | None = None
     skipped: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        audit = self.audit
+        about = None if audit is None else {**dataclasses.asdict(audit), "bound": audit.bound}
+        return {**dataclasses.asdict(self), "audit": about}
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +154,7 @@ class Report:
     certificate: dict[str, Any]
     samples: tuple[Sample, ...]
     attacks: tuple[AttackRun, ...]
+    verdict: dict[str, Any]
     notes: tuple[str, ...]
     seed: int
     environment: dict[str, Any]
@@ -145,7 +176,8 @@ class Report:
             "attacked": dataclasses.asdict(self.attacked),
             "certified": None if self.certified is None else dataclasses.asdict(self.certified),
             "certificate": self.certificate,
-            "attacks": [dataclasses.asdict(run) for run in self.attacks],
+            "attacks": [run.to_dict() for run in self.attacks],
+            "verdict": self.verdict,
             "notes": list(self.notes),
             "curve": self._curve(),
             "samples": [dataclasses.asdict(sample) for sample in self.samples],
@@ -163,6 +195,8 @@ class Report:
         if self.certified is not None:
             parts.append(f"certified {self.certified}")
         lines = [f"{self.model} on {self.data}, {self.threat['text']}", *parts]
+        lines.append(f"verdict: {self.verdict['text']}".replace("\n", "\n  "))
+        lines += [f"{run.name}: {run.audit}" for run in self.attacks if run.audit is not None]
         if self.certified is None:
             lines.append(f"no certificate: {self.certificate['reason']}")
         return "\n  ".join([*lines, *(f"note: {note}" for note in self.notes)])
