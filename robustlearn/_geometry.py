@@ -180,7 +180,8 @@ def _level_by_sorting(weight: Tensor, cap: Tensor, target: Tensor) -> Tensor:
     cap, order = cap.sort(1)
     weight = weight.gather(1, order)
     part = torch.where(cap.isinf(), 0, weight * cap)
-    settled = part.cumsum(1) - part  # value of the coordinates that are capped earlier
+    # value of the coordinates that are capped earlier; not as a difference, which loses digits
+    settled = torch.nn.functional.pad(part.cumsum(1)[:, :-1], (1, 0))
     free = weight.flip(1).cumsum(1).flip(1)  # slope of those that are not
     at_cap = torch.where(free > 0, settled + cap * free, settled)
     enough, k = (at_cap >= target[:, None]).max(1, keepdim=True)  # the first segment to reach it

@@ -81,8 +81,10 @@ class LpBall:
     scale: Any = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        if isinstance(self.p, bool) or not isinstance(self.p, numbers.Real) or not (
-            self.p >= 1 or self.p == 0
+        if (
+            isinstance(self.p, bool)
+            or not isinstance(self.p, numbers.Real)
+            or not (self.p >= 1 or self.p == 0)
         ):
             raise InputError(f"p must be a number from 1 to math.inf, or 0; got {self.p!r}")
         object.__setattr__(self, "p", float(self.p))
@@ -186,7 +188,8 @@ class LpBall:
         """Return the member of the set that is nearest to ``delta`` in Euclidean distance.
 
         Exact up to the rounding of the dtype for p = 0, 1, 2 and ∞, box, mask and scale
-        included (for p = 0 one of the nearest); use `restrict` for a point that is feasible without tolerance.
+        included (for p = 0 one of the nearest); use `restrict` for a point that is feasible
+        without tolerance.
 
         Returns
         -------

@@ -1,7 +1,10 @@
 """The five operations against cvxpy, algebra and exact feasibility."""
 
+import dataclasses
+import itertools
 import math
 
+import cvxpy as cp
 import numpy as np
 import oracles
 import pytest
@@ -65,6 +68,85 @@ def test_project_is_the_nearest_member(p, kind, seed):
     assert threat.norm(torch.as_tensor(projected)[None]) <= threat.eps * (1 + 1e-12)
 
 
+def subsets(d, k):
+    """Every choice of at most k of d features."""
+    return [set(s) for size in range(k + 1) for s in itertools.combinations(range(d), size)]
+
+
+@pytest.mark.parametrize("kind", ["box", "box mask", "box mask scale", "box frozen scale"])
+@pytest.mark.parametrize("k", [0, 1, 3, 7])
+@pytest.mark.parametrize("seed", range(3))
+def test_at_most_k_features_against_all_subsets(kind, k, seed):
+    """p = 0: support, argmax and projection over every subset of the features."""
+    threat, x, g = problem(0, kind, seed, n=3, eps=k + 0.5)
+    low, high = (wall - x for wall in dataclasses.replace(threat, eps=7.0).span(x))
+    wish = 2 * g
+    best = torch.full((3,), -torch.inf, dtype=torch.float64)
+    nearest = torch.full((3,), torch.inf, dtype=torch.float64)
+    for chosen in subsets(7, k):
+        free = torch.tensor([j in chosen for j in range(7)])
+        corner = torch.where(free, torch.where(g > 0, high, low), 0)
+        inside = torch.where(free, wish.clamp(low, high), 0)
+        best = torch.maximum(best, (corner * g).sum(1))
+        nearest = torch.minimum(nearest, (inside - wish).norm(dim=1))
+    step, projected = threat.argmax(g, x), threat.project(wish, x)
+    torch.testing.assert_close(threat.support(g, x), best, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close((step * g).sum(1), best, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close((projected - wish).norm(dim=1), nearest, rtol=1e-12, atol=1e-12)
+    for delta in (step, projected, threat.sample(x, torch.arange(3))):
+        assert (threat.norm(delta) <= k).all()
+        assert threat.contains(x, threat.restrict(x, delta)).all()
+    frozen = ((wish != 0) & ~(high > low)).any(1)
+    if "mask" in kind or "frozen" in kind:
+        assert threat.norm(wish)[frozen].isinf().all()
+    assert torch.equal(threat.norm(step), (step != 0).sum(1).double())
+
+
+def test_features_without_walls_need_no_box_unless_they_go_to_it():
+    threat, g = LpBall(0, 2), torch.tensor([[3.0, -1.0, 2.0, 0.0]])
+    assert threat.project(g).tolist() == [[3, 0, 2, 0]]
+    assert threat.restrict(torch.ones_like(g), g).tolist() == [[4, 1, 3, 1]]
+    assert threat.support(g).item() == math.inf
+    assert LpBall(0, [0.0]).support(g).item() == 0
+    with pytest.raises(InputError, match="p = 0 bounds no change by itself"):
+        threat.argmax(g)
+    with pytest.raises(InputError, match="p = 0 bounds no change by itself"):
+        threat.sample(g)
+    each = LpBall(0, [1, 3, 0.9], lower=0.0, upper=1.0)
+    moved = each.restrict(torch.full((3, 4), 0.5), torch.ones(3, 4)) != 0.5
+    assert moved.sum(1).tolist() == [1, 3, 0]
+    assert each.span(torch.full((3, 1), 0.5))[1].flatten().tolist() == [1, 1, 0.5]
+
+
+@pytest.mark.parametrize("walled", [False, True])
+@pytest.mark.parametrize("p", [0, 1, 1.5, 2, math.inf])
+@pytest.mark.parametrize("seed", range(4))
+def test_crossing_is_the_nearest_point_of_a_halfspace(p, walled, seed):
+    rng = np.random.default_rng(seed)
+    gain = rng.random(6) * (rng.random(6) < 0.8) + np.eye(6)[0]
+    room = rng.random(6) if walled else np.full(6, np.inf)
+    gap = 0.7 * (gain * room).sum() if walled else 1.3
+    row = [torch.as_tensor(part)[None] for part in (gain, room)]
+    u, within = _geometry.crossing(*row, torch.tensor([gap], dtype=torch.float64), p)
+    assert within.all()
+    assert (u[0].numpy() * gain).sum() == pytest.approx(gap, rel=1e-12)
+    assert (u >= 0).all()
+    assert (u <= row[1]).all()
+    if p == 0:
+        gained = {frozenset(s): sum(gain[j] * room[j] for j in s if gain[j]) for s in subsets(6, 6)}
+        least = min(len(s) for s, value in gained.items() if value >= gap)
+    else:
+        v = cp.Variable(6, nonneg=True)
+        walls = [v <= room] if walled else []
+        size = cp.pnorm(v, p) if p == 1.5 else cp.norm(v, "inf" if math.isinf(p) else p)
+        least = cp.Problem(cp.Minimize(size), [gain @ v >= gap, *walls]).solve(solver="CLARABEL")
+    assert _geometry.row_norm(u, p).item() == pytest.approx(least, rel=1e-5)
+    u, within = _geometry.crossing(*row, torch.tensor([1e3], dtype=torch.float64), p)
+    assert within.item() is not walled
+    if walled:  # out of reach: as far as the walls let it
+        assert torch.equal(u, torch.where(row[0] > 0, row[1], 0))
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     p=st.sampled_from(NORMS),
@@ -87,7 +169,7 @@ def test_projection_algebra(p, kind, seed, size, dtype):
 
 @settings(max_examples=150, deadline=None)
 @given(
-    p=st.sampled_from([1, 1.7, 2, 4, math.inf]),
+    p=st.sampled_from([0, 1, 1.7, 2, 4, math.inf]),
     kind=st.sampled_from(KINDS),
     seed=st.integers(0, 10_000),
     size=st.floats(0, 1e6),
@@ -247,8 +329,8 @@ def test_errors_say_what_to_do(make, message):
 
 
 def test_norm_names():
-    parsed = [parse_norm(text) for text in ("linf", "L2", "1", "inf", "l1.5")]
-    assert parsed == [math.inf, 2, 1, math.inf, 1.5]
+    parsed = [parse_norm(text) for text in ("linf", "L2", "1", "inf", "l1.5", "l0")]
+    assert parsed == [math.inf, 2, 1, math.inf, 1.5, 0]
 
 
 def test_the_budget_keeps_its_digits():

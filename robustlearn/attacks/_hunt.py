@@ -80,7 +80,9 @@ class Hunt:
         self.best = self.x.clone()
         self.distance = torch.full((self.size,), torch.inf, dtype=torch.float64, device=x.device)
         self.highest = self.x.clone()  # of the points within ε that of largest objective
-        self.height = self.loss.objective(self.output, self.y)
+        self.height = x.new_full((self.size,), -torch.inf)
+        if self.size:
+            self.height = self.loss.objective(self.output, self.y).to(x.dtype)
 
     def _units(self) -> Tensor:
         units = torch.ones_like(self.x[:1]) if self.size else self.x
@@ -155,7 +157,7 @@ class Hunt:
         distance = self.threat.norm(point.double() - self.x[rows].double())
         nearer = broken & (distance < self.distance[rows])
         self.best[rows[nearer]], self.distance[rows[nearer]] = point[nearer], distance[nearer]
-        height = self.loss.objective(output, self.y[rows])
+        height = self.loss.objective(output, self.y[rows]).to(self.height.dtype)
         higher = (height > self.height[rows]) & (distance <= self.reach[rows])
         self.highest[rows[higher]], self.height[rows[higher]] = point[higher], height[higher]
         return broken

@@ -20,7 +20,9 @@ Needs = Literal["gradient", "scores", "labels", "affine"]
 ATTACKS = Registry("attack")
 
 
-def attack(*, needs: Needs, norms: str = "any", minimal: bool = False) -> Callable[[Attack], Attack]:
+def attack(
+    *, needs: Needs, norms: str = "any", minimal: bool = False
+) -> Callable[[Attack], Attack]:
     """File a function as an attack, and surround it with what every attack owes its caller.
 
     Around the function the input is checked against the threat, the model is held ready and put

@@ -114,8 +114,8 @@ def sigma_zero(
 ) -> Tensor:
     """Descend the margin and a smooth count of changed features; small changes are set to zero.
 
-    Σ u²/(u² + σ)/d + max(0, margin), by Adam on normalised slopes in u = δ / width of the box, and after
-    each of them u ← 0 where |u| < τ; τ rises while u is adversarial and falls while not.
+    Σ u²/(u² + σ)/d + max(0, margin), by Adam on normalised slopes in u = δ / width of the
+    box, and after each step u ← 0 where |u| < τ; τ rises while u is adversarial, else it falls.
 
     Parameters
     ----------

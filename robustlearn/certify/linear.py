@@ -130,8 +130,9 @@ def _radius(threat: LpBall, direction: Tensor, gap: Tensor, x: Tensor) -> Tensor
     """Return the smallest ε with support(direction) = gap: the inverse of the worst case.
 
     With gains c = |v|·scale and rooms r (see `LpBall`) the loss of margin is Σ cₖuₖ, where u is
-    the knapsack for p = 1 (for p = 0 whole features in the order of cₖrₖ) and min(rₖ, t·cₖ^(1/(p−1))) otherwise (exponent 0 for p = ∞): piecewise
-    linear in the budget or in t, so it is inverted in one pass.
+    the knapsack for p = 1 (for p = 0 whole features in the order of cₖrₖ) and
+    min(rₖ, t·cₖ^(1/(p−1))) otherwise (exponent 0 for p = ∞): piecewise linear in the budget or in
+    t, so it is inverted in one pass.
     """
     gain, room = threat.gain(direction), threat.room(direction, x)
     if threat.p == 0:

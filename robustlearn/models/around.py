@@ -89,6 +89,9 @@ class Expectation(Around):
         self, x: Tensor, y: Tensor, loss: Objective, precision: str | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradient at the mean output; see `Model.gradient`."""
+        if not self._open:
+            with self.session():
+                return self.gradient(x, y, loss, precision)
         found = super().gradient(x, y, loss, precision)
         self.backwards += (self.k - 1) * len(x)
         return found
