@@ -173,7 +173,7 @@ def test_the_rest_of_the_options(linear, iris):
         rl.evaluate(DigitsNet(), np.zeros((2, 1, 8, 8)), [0, 1], threat, attacks="linear_exact")
     with pytest.raises(InputError, match=r"device 'cuda:77' cannot be used|cannot be used"):
         rl.evaluate(linear, x, y, threat, device="cuda:77")
-    assert plan("pgd:steps=3:loss=dlr:step_size=0.5:random_start=false")[0][2] == {
+    assert plan("pgd:steps=3:loss=dlr:step_size=0.5:random_start=false")[0].options == {
         "steps": 3,
         "loss": "dlr",
         "step_size": 0.5,

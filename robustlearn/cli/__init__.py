@@ -112,8 +112,15 @@ def evaluate(
     target: Target = None,
     task: Task = None,
     attacks: Annotated[
-        str, typer.Option(help="quick, standard, or NAME,… (NAME:option=value).")
+        str,
+        typer.Option(
+            help="quick, standard, thorough, autoattack, or NAME,… (NAME:option=value@scope)."
+        ),
     ] = "standard",
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Most a sample may cost: gradients=60,forwards=500, or one of them."),
+    ] = None,
     certify: Annotated[str, typer.Option(help="auto, none, or a method.")] = "auto",
     out: Annotated[Path | None, typer.Option(help="Folder for the report.")] = None,
     resume: Annotated[
@@ -145,6 +152,7 @@ def evaluate(
             threat,
             attacks=attacks,
             certify=certify,
+            budget=budget,
             seed=seed,
             batch_size=batch_size,
             device=device,
@@ -311,6 +319,28 @@ def attacks(as_json: AsJson = False) -> None:
         typer.echo(json.dumps(listed, indent=1))
     else:
         screen.show_attacks(listed)
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="report.json, or the folder that holds it.")],
+    second: Annotated[Path, typer.Argument(help="The same of the other model.")],
+    out: Annotated[Path | None, typer.Option(help="HTML file for the comparison.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Test whether two models differ on the same samples, by McNemar's exact test."""
+    from robustlearn import report
+    from robustlearn.cli import screen
+
+    documents = report.load(first), report.load(second)
+    result = report.compared(*documents)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(report.comparison_page(*documents), encoding="utf-8")
+    if as_json:
+        typer.echo(json.dumps(report.plain(result), indent=1, allow_nan=False))
+    else:
+        screen.show_comparison(result, out)
 
 
 @app.command()

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from robustlearn.report import figure, table
+from robustlearn.report import comparison_table, conclusion, figure, table
 
 
 @contextlib.contextmanager
@@ -72,6 +72,10 @@ def show(reports: Sequence[Any], out: Path | None) -> None:
     for report in reports:
         if report.certified is None:
             console.print(Text(f"{report.model}: {report.certificate['reason']}"))
+        console.print(Text(f"{report.model}: {report.verdict['text']}"))
+        for run in report.attacks:
+            if run.audit is not None:
+                console.print(Text(f"{run.name}: {run.audit}"))
         for note in report.notes:
             console.print(Text(f"note on {report.model}: {note}"))
     if out is not None:
@@ -96,6 +100,17 @@ def show_certificate(result: dict[str, Any], out: Path | None) -> None:
         console.print(Text(f"rows: {out / 'samples.csv'}"))
 
 
+def show_comparison(result: dict[str, Any], out: Path | None) -> None:
+    """Print two models beside each other, and what the test says."""
+    console = Console()
+    console.print(comparison_table(result))
+    console.print(Text(conclusion(result)))
+    for model, verdict in zip(result["models"], result["verdicts"], strict=True):
+        console.print(Text(f"{model}: {verdict}"))
+    if out is not None:
+        console.print(Text(f"page: {out}"))
+
+
 def attack_rows() -> list[dict[str, str]]:
     """Return name, needs, norms and summary of each attack."""
     from robustlearn.attacks import ATTACKS
@@ -116,5 +131,5 @@ def show_attacks(rows: list[dict[str, str]]) -> None:
         shown.add_row(row["name"], row["needs"], row["norms"], Text(row["summary"]))
     console.print(shown)
     for preset in PRESETS:
-        steps = ", ".join(label for label, _, _ in plan(preset))
+        steps = ", ".join(step.label for step in plan(preset))
         console.print(Text(f"\n{preset} = {steps}"))

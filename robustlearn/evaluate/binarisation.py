@@ -158,8 +158,8 @@ def unit_test(
 def _chosen(attack: str | Callable[..., Tensor]) -> tuple[str, Callable[..., Tensor]]:
     if callable(attack):
         return getattr(attack, "__name__", "attack"), attack
-    ((label, name, options),) = plan([attack])
-    return label, lambda *given: ATTACKS[name].function(*given, **options)
+    (step,) = plan([attack])
+    return step.label, lambda *given: ATTACKS[step.name].function(*given, **step.options)
 
 
 # ---------------------------------------------------------------------- what the head reads

@@ -34,12 +34,17 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The findings on a model, and what they were had at: samples, and cost a sample."""
+    """The findings on a model, and what they were had at: samples, and cost a sample.
+
+    ``ascent`` is the mean objective along the projected gradient ascent that was looked at;
+    positive where a sample is misclassified.
+    """
 
     findings: tuple[Finding, ...]
     samples: int
     forwards: float
     backwards: float
+    ascent: tuple[float, ...] = ()
 
     @property
     def failed(self) -> tuple[Finding, ...]:
@@ -58,6 +63,7 @@ class Verdict:
             "samples": self.samples,
             "forwards": self.forwards,
             "backwards": self.backwards,
+            "ascent": list(self.ascent),
             "findings": [asdict(finding) for finding in self.findings],
         }
 
@@ -149,7 +155,10 @@ def diagnose(
         (now - then) / max(n, 1)
         for now, then in zip((model.forwards, model.backwards), before, strict=True)
     ]
-    return Verdict(findings, n, *cost)
+    ascent: tuple[float, ...] = ()
+    if probes is not None and "climbed" in vars(probes) and probes.climbed.path is not None:
+        ascent = tuple(probes.climbed.path.nan_to_num(0).mean(1).tolist())
+    return Verdict(findings, n, cost[0], cost[1], ascent)
 
 
 def _probes(

@@ -168,6 +168,7 @@ class _Evaluation:
         self._shrink()
         self._check(certificate)
         verdict = self._verdict(certificate)
+        predictions = self._predictions()
         found, proven = self._totals(certificate)
         if not any(run.attempted for run in runs) and bool(self.standing.any()):
             self.notes.append(
@@ -186,7 +187,7 @@ class _Evaluation:
             attacked=found,
             certified=proven,
             certificate=about,
-            samples=self._samples(certificate),
+            samples=self._samples(certificate, predictions),
             attacks=tuple(runs),
             verdict=verdict,
             notes=tuple(dict.fromkeys([*self.model.notes, *self.notes])),
@@ -194,7 +195,7 @@ class _Evaluation:
             environment=inputs.environment(self.model),
             x=self.x.numpy(),
             x_adv=self.x_adv.numpy(),
-            predictions=self._predictions(),
+            predictions=predictions,
             classes=None if named is None else tuple(str(name) for name in named),
             feature_names=names,
         )
@@ -270,6 +271,8 @@ class _Evaluation:
             raise InputError(reason)
         if reason is not None:
             return AttackRun(step.label, skipped=reason)
+        if step.scope == "masked" and not self._masked():
+            return AttackRun(step.label, skipped="the gradients show no sign of masking")
         affordable = self.budget.less(self.spent).trimmed(step)
         if affordable is None:
             return AttackRun(step.label, skipped=f"the budget is spent: {self.budget}")
@@ -466,7 +469,9 @@ class _Evaluation:
     def _named(self, labels: np.ndarray) -> np.ndarray:
         return labels if self.model.classes is None else np.asarray(self.model.classes)[labels]
 
-    def _samples(self, certificate: Certificate | None) -> tuple[Sample, ...]:
+    def _samples(
+        self, certificate: Certificate | None, predictions: np.ndarray
+    ) -> tuple[Sample, ...]:
         classification = self.model.task == "classification"
         distance = self.threat.norm(self.x_adv.double() - self.x.double())
         labels = self._named(self.y.numpy()) if classification else self.y.numpy()
@@ -483,6 +488,7 @@ class _Evaluation:
                     "distance": gone if right else 0.0,
                     "clean_margin": float(self.value[i]),
                     "attacked_margin": float(self.worst[i]),
+                    "prediction": predictions[i].item(),
                 }
             else:
                 sample |= {

@@ -9,7 +9,7 @@ from typing import Any
 from robustlearn.attacks import ATTACKS
 from robustlearn.errors import InputError
 
-SCOPES = ("all", "near", "audit")
+SCOPES = ("all", "near", "audit", "masked")
 COUNTS = ("restarts", "targets", "searches", "steps", "queries")  # in the order they are cut
 
 
@@ -19,9 +19,9 @@ class Step:
 
     Attributes
     ----------
-    scope : ``"all"`` samples that stand; the quarter ``"near"`` the boundary; or an ``"audit"``
-        of a random few, which grows to all if it breaks one, or if the model seems to mask its
-        gradient.
+    scope : ``"all"`` samples that stand; the quarter ``"near"`` the boundary; an ``"audit"`` of a
+        random few, which grows to all if it breaks one, or if the model seems to mask its
+        gradient; or all, but only if it is ``"masked"``.
     """
 
     name: str
@@ -60,17 +60,16 @@ PRESETS: dict[str, tuple[Step, ...]] = {
         ("pgd", {"steps": 40}),
         ("sigma_zero", {"steps": 50}),
         ("square", {"queries": 200}, "audit"),
-        ("retreat", {"queries": 200}, "audit"),
+        ("retreat", {"queries": 200}, "masked"),
     ),
     "standard": _steps(
         ("linear_exact", {}),
-        ("pgd", {"steps": 20}),
         ("pgd", {"steps": 20, "restarts": 5}),
         ("apgd", {"loss": "dlr", "targets": 3, "steps": 30}, "near"),
         ("fab", {"steps": 20, "rivals": 3}, "near"),
         ("sigma_zero", {"steps": 150}),
         ("square", {"queries": 1000}, "audit"),
-        ("retreat", {"queries": 1000}, "audit"),
+        ("retreat", {"queries": 1000}, "masked"),
     ),
     "thorough": _steps(
         ("linear_exact", {}),

@@ -60,8 +60,8 @@ class Sample:
     Classifiers: clean_correct; broken_by, the attack that broke it (None if it stands, or was
     wrong from the start); distance, the norm of the smallest change known to break it (0 if it
     was wrong from the start); certified, whether the whole threat is proven harmless; radius,
-    the distance proven safe; the clean margin and the smallest that was found. Regressors:
-    squared errors, clean, under attack, and certified.
+    the distance proven safe; the clean margin and the smallest that was found; the prediction at
+    the end. Regressors: squared errors, clean, under attack, and certified.
     """
 
     index: int
@@ -69,6 +69,7 @@ class Sample:
     clean_correct: bool | None = None
     broken_by: str | None = None
     distance: float | None = None
+    prediction: Any = None
     certified: bool | None = None
     radius: float | None = None
     clean_margin: float | None = None

@@ -4,8 +4,21 @@ The document is plain data (``report.json``, described by ``schema.json``), so t
 be drawn again, joined or compared without the model, the data or torch.
 """
 
-from robustlearn.report.files import SCHEMA, plain, write
-from robustlearn.report.page import page
+from robustlearn.report.comparison import SCHEMA, compared, comparison_table, conclusion, load
+from robustlearn.report.files import plain, write
+from robustlearn.report.page import comparison_page, page
 from robustlearn.report.table import figure, table
 
-__all__ = ["SCHEMA", "figure", "page", "plain", "table", "write"]
+__all__ = [
+    "SCHEMA",
+    "compared",
+    "comparison_page",
+    "comparison_table",
+    "conclusion",
+    "figure",
+    "load",
+    "page",
+    "plain",
+    "table",
+    "write",
+]

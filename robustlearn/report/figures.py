@@ -38,6 +38,24 @@ def curve(evaluation: dict[str, Any]) -> Markup | None:
     return _svg(draw, "Accuracy against the budget ε, both bounds")
 
 
+def curves(evaluations: list[dict[str, Any]]) -> Markup | None:
+    """Accuracy under attack against ε of several models, certified ones dashed."""
+    if any(evaluation["curve"] is None for evaluation in evaluations):
+        return None
+
+    def draw(axes: Any) -> None:
+        for number, evaluation in enumerate(evaluations):
+            data, colour = evaluation["curve"], f"C{number}"
+            axes.plot(data["eps"], data["attacked"], color=colour, label=evaluation["model"])
+            if data["certified"] is not None:
+                axes.plot(data["eps"], data["certified"], color=colour, ls="--")
+        axes.axvline(evaluations[0]["threat"]["eps"], color="0.5", lw=1, ls=":")
+        axes.set(xlabel="ε", ylabel="share of samples", ylim=(0, 1.02))
+        axes.legend(frameon=False)
+
+    return _svg(draw, "Accuracy against the budget ε of both models")
+
+
 def margins(evaluation: dict[str, Any]) -> Markup | None:
     """Histogram of the margins, clean and the smallest found."""
     samples = evaluation["samples"]
@@ -62,6 +80,40 @@ def margins(evaluation: dict[str, Any]) -> Markup | None:
         axes.legend(frameon=False)
 
     return _svg(draw, "Margins of the samples, clean and under attack")
+
+
+def cost(evaluation: dict[str, Any]) -> Markup | None:
+    """Share of samples that stand against what the attacks so far have cost a sample."""
+    runs = [run for run in evaluation["attacks"] if run["attempted"]]
+    if evaluation["task"] != "classification" or not runs:
+        return None
+    n = evaluation["clean"]["n"]
+    spent, standing = [0.0], [evaluation["clean"]["value"]]
+    for run in runs:
+        spent.append(spent[-1] + (run["forwards"] + run["backwards"]) / n)
+        standing.append(standing[-1] - run["broken"] / n)
+
+    def draw(axes: Any) -> None:
+        axes.step(spent, standing, where="post", color=BROKEN)
+        for run, at, left in zip(runs, spent[1:], standing[1:], strict=True):
+            axes.annotate(run["name"].partition(":")[0], (at, left), fontsize=8, rotation=30)
+        axes.set(xlabel="forward passes and gradients a sample", ylabel="share unbroken")
+
+    return _svg(draw, "What the attacks cost, and what they found")
+
+
+def trace(evaluation: dict[str, Any]) -> Markup | None:
+    """Mean objective along the ascent that the verdict looked at."""
+    values = evaluation["verdict"].get("ascent")
+    if not values:
+        return None
+
+    def draw(axes: Any) -> None:
+        axes.plot(values, color=BROKEN)
+        axes.axhline(0, color="0.5", lw=1, ls=":")
+        axes.set(xlabel="iteration", ylabel="mean objective (positive: broken)")
+
+    return _svg(draw, "Loss against iteration")
 
 
 def pictures(x: Any, x_adv: Any) -> dict[str, str] | None:

@@ -13,8 +13,6 @@ import numpy as np
 
 from robustlearn.report.page import page
 
-SCHEMA = "robustlearn-report/1"
-
 
 def write(document: dict[str, Any], arrays: Mapping[str, np.ndarray], folder: Path) -> Path:
     """Write a document and its adversarial examples; return the folder.

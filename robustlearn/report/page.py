@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from robustlearn.report import figures
+from robustlearn.report.comparison import compared, conclusion
 from robustlearn.report.table import figure
 
 SHOWN_FEATURES = 8
 SHOWN_SAMPLES = 200
+SHOWN_CLASSES = 20
 
 
 def page(document: dict[str, Any]) -> str:
@@ -18,8 +20,23 @@ def page(document: dict[str, Any]) -> str:
     return str(_template().render(document=document, evaluations=evaluations))
 
 
+def comparison_page(first: dict[str, Any], second: dict[str, Any]) -> str:
+    """Render the comparison of two documents of one evaluation each."""
+    result = compared(first, second)
+    shares = {
+        name: [figure(share, "classification") for share in result[name]["shares"]]
+        for name in ("clean", "attacked")
+    }
+    curves = figures.curves([document["evaluations"][0] for document in (first, second)])
+    return str(
+        _template("comparison.html").render(
+            c=result, conclusion=conclusion(result), figures=shares, curves=curves
+        )
+    )
+
+
 @functools.cache
-def _template() -> Any:
+def _template(name: str = "page.html") -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -31,7 +48,7 @@ def _template() -> Any:
     )
     environment.filters["number"] = number
     environment.filters["percent"] = lambda value: f"{100 * value:.4g}%"
-    return environment.get_template("page.html")
+    return environment.get_template(name)
 
 
 def number(value: Any) -> str:
@@ -59,6 +76,10 @@ def _view(evaluation: dict[str, Any]) -> dict[str, Any]:
         "summary": _summary(evaluation),
         "curve_svg": figures.curve(evaluation),
         "margins_svg": figures.margins(evaluation),
+        "cost_svg": figures.cost(evaluation),
+        "trace_svg": figures.trace(evaluation),
+        "confusion": _confusion(evaluation),
+        "verdict_line": evaluation["verdict"]["text"].partition("\n")[0],
         "examples": [_example(evaluation, example) for example in evaluation["examples"]],
         "columns": columns,
         "rows": evaluation["samples"][:SHOWN_SAMPLES],
@@ -70,6 +91,33 @@ def _view(evaluation: dict[str, Any]) -> dict[str, Any]:
 
 def _used(evaluation: dict[str, Any], key: str) -> bool:
     return any(sample[key] is not None for sample in evaluation["samples"])
+
+
+def _confusion(evaluation: dict[str, Any]) -> dict[str, Any] | None:
+    """Return accuracy by class, and how often each class is taken for each other."""
+    if evaluation["task"] != "classification":
+        return None
+    samples = evaluation["samples"]
+    labels = sorted({s[key] for s in samples for key in ("label", "prediction")}, key=str)
+    if all(isinstance(label, int) for label in labels):
+        labels.sort()
+    if len(labels) > SHOWN_CLASSES:
+        return None
+    rows = []
+    for label in labels:
+        mine = [s for s in samples if s["label"] == label]
+        if not mine:
+            continue
+        rows.append(
+            {
+                "name": _class_name(evaluation, label),
+                "n": len(mine),
+                "clean": sum(s["clean_correct"] for s in mine) / len(mine),
+                "attacked": sum(s["prediction"] == label for s in mine) / len(mine),
+                "counts": [sum(s["prediction"] == other for s in mine) for other in labels],
+            }
+        )
+    return {"names": [_class_name(evaluation, label) for label in labels], "rows": rows}
 
 
 def _summary(evaluation: dict[str, Any]) -> str:
