@@ -106,7 +106,7 @@ def available_peers() -> dict[str, Make]:
         ("adv-lib", "adv_lib.attacks", _adv_lib),
     ):
         if name == "adv-lib":
-            _stand_ins()
+            stand_ins()
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -161,7 +161,7 @@ def _adv_lib(net: nn.Module, eps: float, step: float) -> Attack:
     return lambda x, y: pgd_linf(net, x, y, eps, **options)
 
 
-def _stand_ins() -> None:
+def stand_ins() -> None:
     """Let adv-lib be imported without what it needs for other attacks and for plots."""
     for package in ("torchvision", "visdom"):
         if importlib.util.find_spec(package) is None:

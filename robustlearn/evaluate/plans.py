@@ -80,7 +80,7 @@ PRESETS: dict[str, tuple[Step, ...]] = {
         ("fmn", {"steps": 200}),
         ("sigma_zero", {"steps": 500}),
         ("square", {"queries": 5000}),
-        ("nes", {"steps": 50}, "audit"),
+        ("nes", {"queries": 2000}, "audit"),
         ("retreat", {"queries": 2000}, "audit"),
     ),
     "autoattack": _steps(

@@ -70,7 +70,7 @@ def compared(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
             "they are not of the same data"
         )
     return {
-        "models": [one["model"], two["model"]],
+        "models": _names(one["model"], two["model"]),
         "data": one["data"],
         "threat": one["threat"]["text"],
         "verdicts": [e["verdict"]["text"].partition("\n")[0] for e in (one, two)],
@@ -121,6 +121,10 @@ def _single(document: dict[str, Any]) -> dict[str, Any]:
         names = ", ".join(e["model"] for e in evaluations)
         raise InputError(f"a report of one evaluation is expected; this one has {names}")
     return dict(evaluations[0])
+
+
+def _names(one: str, two: str) -> list[str]:
+    return [one, two] if one != two else [f"{one} (first)", f"{two} (second)"]
 
 
 def _check(one: dict[str, Any], two: dict[str, Any]) -> None:
