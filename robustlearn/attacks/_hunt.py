@@ -144,15 +144,19 @@ class Hunt:
         point = self.point(u, rows)
         gradient, value, output = self.model.gradient(point, self.y[rows], goal or self.loss)
         units = self.units if len(self.units) == 1 else self.units[rows]
-        broken = self._record(point, output, rows)
+        broken, _ = self._record(point, output, rows)
         return flat(gradient) * units, value.to(u.dtype), broken
 
     def test(self, u: Tensor, rows: Tensor) -> Tensor:
         """Send points forward, keep the adversarial ones, and tell which they are."""
+        return self.measure(u, rows)[0]
+
+    def measure(self, u: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Do as `test` does, and return the objective (n,) too."""
         point = self.point(u, rows)
         return self._record(point, self.model(point), rows)
 
-    def _record(self, point: Tensor, output: Tensor, rows: Tensor) -> Tensor:
+    def _record(self, point: Tensor, output: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         broken = self.loss.broken(output, self.y[rows])
         distance = self.threat.norm(point.double() - self.x[rows].double())
         nearer = broken & (distance < self.distance[rows])
@@ -160,7 +164,7 @@ class Hunt:
         height = self.loss.objective(output, self.y[rows]).to(self.height.dtype)
         higher = (height > self.height[rows]) & (distance <= self.reach[rows])
         self.highest[rows[higher]], self.height[rows[higher]] = point[higher], height[higher]
-        return broken
+        return broken, height
 
     # ------------------------------------------------------------------ moves
 

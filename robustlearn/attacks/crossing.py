@@ -11,6 +11,8 @@ from robustlearn.attacks.base import attack
 from robustlearn.models import Model
 from robustlearn.threats import LpBall
 
+DAMPINGS = 4  # halvings of a step that leads away from the boundary
+
 
 @attack(needs="gradient", minimal=True)
 def deepfool(
@@ -48,7 +50,8 @@ def deepfool(
     Notes
     -----
     Source: Moosavi-Dezfooli, Fawzi and Frossard (2016), there without box. The step within the
-    box is exact for each p ≥ 1 and for p = 0, so that it is the whole attack on linear models.
+    box is exact for each p ≥ 1 and for p = 0, so that it is the whole attack on linear models. A
+    step after which the margin is no smaller is halved, up to four times.
 
     Examples
     --------
@@ -61,13 +64,31 @@ def deepfool(
     hunt = Hunt(model, x, y, threat, loss)
     goals = hunt.rivals(rivals)
     u, rows = torch.zeros_like(flat(hunt.x)), hunt.all()
+    value = hunt.height.clone()
     for _ in range(steps):
         if len(rows) == 0:
             break
-        u[rows] += (1 + overshoot) * _shortest(hunt, u[rows], rows, goals)
-        u = u.clamp(hunt.low, hunt.high)
-        rows = rows[~hunt.test(u[rows], rows)]
+        step = (1 + overshoot) * _shortest(hunt, u[rows], rows, goals)
+        u[rows], value[rows], broken = _damped(hunt, u[rows], step, value[rows], rows)
+        rows = rows[~broken]
     return hunt.end(u, polish)
+
+
+def _damped(
+    hunt: Hunt, u: Tensor, step: Tensor, before: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Step, halving the step of a sample until the objective rises: u, objective, broken."""
+    low, high = hunt.low[rows], hunt.high[rows]
+    reached = (u + step).clamp(low, high)
+    broken, value = hunt.measure(reached, rows)
+    for halving in range(1, DAMPINGS + 1):
+        back = ((value <= before) & ~broken).nonzero().squeeze(1)
+        if len(back) == 0:
+            break
+        shorter = u[back] + step[back] / 2**halving
+        reached[back] = shorter.clamp(low[back], high[back])
+        broken[back], value[back] = hunt.measure(reached[back], rows[back])
+    return reached, value, broken
 
 
 def _shortest(hunt: Hunt, u: Tensor, rows: Tensor, goals: list[Toward | None]) -> Tensor:
@@ -118,7 +139,8 @@ def fab(
     Notes
     -----
     Source: Croce and Hein (2020), in the targeted form of AutoAttack, there with 100 steps. The
-    projections are exact in the box for p = 1, 2 and ∞.
+    projections are exact in the box for p = 1, 2 and ∞, and before the first success a step after
+    which the margin is no smaller is halved, up to four times.
 
     Examples
     --------
@@ -129,18 +151,20 @@ def fab(
     True
     """
     hunt = Hunt(model, x, y, threat, loss)
-    u, rows = torch.zeros_like(flat(hunt.x)), hunt.all()
+    u, rows, clean = torch.zeros_like(flat(hunt.x)), hunt.all(), hunt.height.clone()
     for goal in hunt.rivals(rivals):
-        u = torch.zeros_like(u)
+        u, height = torch.zeros_like(u), clean
         for _ in range(steps):
             gradient, value, _ = hunt.look(u, rows, goal)
             onwards = _to_boundary(hunt, gradient, -value, rows, u)
             direct = _to_boundary(hunt, gradient, (gradient * u).sum(1) - value, rows)
             length, from_x = hunt.norm(onwards), hunt.norm(direct)
             bias = (length / (length + from_x)).nan_to_num(0).clamp(max=alpha_max)[:, None]
-            u = (1 - bias) * (u + eta * onwards) + bias * eta * direct
-            u = u.clamp(hunt.low, hunt.high)
-            u = torch.where(hunt.test(u, rows)[:, None], beta * u, u)
+            step = (1 - bias) * (u + eta * onwards) + bias * eta * direct - u
+            found = hunt.distance.isfinite()
+            floor = torch.where(found, -torch.inf, height)  # any step will do
+            u, height, broken = _damped(hunt, u, step, floor, rows)
+            u = torch.where(broken[:, None], beta * u, u)
     return hunt.end(u, polish)
 
 

@@ -37,14 +37,15 @@ def carlini_wagner(
     min over u in the box of ‖u/r‖₂² + c·max(0, confidence + margin/margin₀), u = δ / scale, by
     Adam with projection; r is the distance to the boundary linearised at x and margin₀ the
     margin there, so that c = 2 is the threshold of a linear model, whatever its gain. c is
-    divided by two after a success, multiplied by five before the first.
+    multiplied by five until the first success, and then bisected.
 
     Parameters
     ----------
     x, y, loss, polish, rivals : as for `ddn`.
     steps : per search, of one gradient each.
     searches : values of c.
-    step_size : of Adam, in units of r; it falls to a hundredth along a cosine.
+    step_size : of Adam, in units of r; it falls to a hundredth along a cosine, and is doubled
+        after each search without any success.
     confidence : share of the clean margin by which the boundary is to be passed.
 
     Returns
@@ -67,18 +68,19 @@ def carlini_wagner(
     first = hunt.open(rivals)
     length = hunt.norm(first)
     length = torch.where(length > 0, length, hunt.reach.to(length.dtype).clamp_min(1e-12))
-    c = torch.full_like(length, 4.0)
+    c, rate = torch.full_like(length, 4.0), torch.full_like(length, step_size)
     low, high = torch.zeros_like(c), torch.full_like(c, torch.inf)
     u = torch.zeros_like(first)
     for _ in hunt.rounds(searches):
-        u, won = _descent(hunt, c, length, steps, step_size, confidence)
+        u, won = _descent(hunt, c, length, steps, rate, confidence)
+        rate = torch.where(hunt.distance.isinf(), 2 * rate, rate)
         low, high = torch.where(won, low, c), torch.where(won, c, high)
         c = torch.where(high.isinf(), 5 * c, (low + high) / 2)
     return hunt.end(u, polish)
 
 
 def _descent(
-    hunt: Hunt, c: Tensor, length: Tensor, steps: int, step_size: float, confidence: float
+    hunt: Hunt, c: Tensor, length: Tensor, steps: int, rate: Tensor, confidence: float
 ) -> tuple[Tensor, Tensor]:
     """Minimise for one c per sample; return the last u, and whether any point was adversarial."""
     rows, length = hunt.all(), length[:, None]
@@ -92,8 +94,8 @@ def _descent(
         pull = torch.where(short, (c / start)[:, None] * gradient * length, 0)
         slope = 2 * u / length - pull
         won |= broken
-        rate = cosine(step_size, step_size / 100, step, steps)
-        u = (u - rate * length * adam.step(slope)).clamp(hunt.low, hunt.high)
+        width = rate[:, None] * length * cosine(1, 0.01, step, steps)
+        u = (u - width * adam.step(slope)).clamp(hunt.low, hunt.high)
     return u, won | hunt.test(u, rows)
 
 
