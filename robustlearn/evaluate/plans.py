@@ -57,17 +57,17 @@ def _steps(*rows: tuple[Any, ...]) -> tuple[Step, ...]:
 PRESETS: dict[str, tuple[Step, ...]] = {
     "quick": _steps(
         ("linear_exact", {}),
-        ("pgd", {"steps": 40}),
-        ("sigma_zero", {"steps": 50}),
+        ("pgd", {"steps": 25}),
+        ("fmn", {"steps": 25}),
         ("square", {"queries": 200}, "audit"),
         ("retreat", {"queries": 200}, "masked"),
     ),
     "standard": _steps(
         ("linear_exact", {}),
-        ("pgd", {"steps": 20, "restarts": 5}),
-        ("apgd", {"loss": "dlr", "targets": 3, "steps": 30}, "near"),
-        ("fab", {"steps": 20, "rivals": 3}, "near"),
-        ("sigma_zero", {"steps": 150}),
+        ("pgd", {"steps": 20, "restarts": 4}),
+        ("fmn", {"steps": 40}),
+        ("apgd", {"loss": "dlr", "targets": 2, "steps": 30}, "near"),
+        ("sigma_zero", {"steps": 100}),
         ("square", {"queries": 1000}, "audit"),
         ("retreat", {"queries": 1000}, "masked"),
     ),
