@@ -165,8 +165,8 @@ def test_the_rest_of_the_options(linear, iris):
     rl.evaluate(linear, x, y, threat, attacks=["fgsm"], progress=lambda *t: told.append(t))
     assert ("clean", 150, 150) in told
     assert any(stage == "fgsm" for stage, _, _ in told)
-    with pytest.raises(InputError, match="no attack named 'deepfool'"):
-        rl.evaluate(linear, x, y, threat, attacks="deepfool")
+    with pytest.raises(InputError, match="no attack named 'shallowfool'"):
+        rl.evaluate(linear, x, y, threat, attacks="shallowfool")
     with pytest.raises(InputError, match="no certificate named 'magic'"):
         rl.evaluate(linear, x, y, threat, certify="magic")
     with pytest.raises(InputError, match="linear_exact needs a linear model"):
