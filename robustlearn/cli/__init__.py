@@ -121,6 +121,9 @@ def evaluate(
         str | None,
         typer.Option(help="Most a sample may cost: gradients=60,forwards=500, or one of them."),
     ] = None,
+    nearest: Annotated[
+        bool, typer.Option("--nearest", help="Minimal-norm attacks on broken samples too.")
+    ] = False,
     certify: Annotated[str, typer.Option(help="auto, none, or a method.")] = "auto",
     out: Annotated[Path | None, typer.Option(help="Folder for the report.")] = None,
     resume: Annotated[
@@ -153,6 +156,7 @@ def evaluate(
             attacks=attacks,
             certify=certify,
             budget=budget,
+            nearest=nearest,
             seed=seed,
             batch_size=batch_size,
             device=device,

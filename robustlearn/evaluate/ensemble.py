@@ -28,6 +28,7 @@ from robustlearn.threats import LpBall
 
 SHRINKS = 8  # halvings of the segment from a sample to its adversarial example
 NEAR = 4  # one sample of so many is near the boundary
+PROBED = 64  # samples that the verdict looks at
 AUDITED = 64  # samples of an audit; twice as many or fewer are all attacked
 
 
@@ -40,6 +41,7 @@ def evaluate(
     attacks: str | Sequence[Any] = "standard",
     certify: str = "auto",
     budget: Budget | str | None = None,
+    nearest: bool = False,
     seed: int = 0,
     batch_size: int = 256,
     device: Any = None,
@@ -69,6 +71,8 @@ def evaluate(
     certify : ``"auto"``, a method, or ``"none"``.
     budget : the most gradients and forward passes a sample, ``"gradients=60,forwards=500"``;
         attacks are shortened to fit, or left out, and the report says which.
+    nearest : run minimal-norm attacks on broken samples too, so that the curve of accuracy below
+        ε is that of nearest points, not of points that were drawn back towards x.
     seed : of the random starts. Results do not depend on the batch that a sample travels in.
     batch_size : samples sent together; halved when the memory does not suffice.
     device : ``"auto"`` for an accelerator if there is one, a torch device, or None for where
@@ -118,6 +122,7 @@ def evaluate(
             certify,
             limits,
             resume,
+            nearest=nearest,
             explicit=not (isinstance(attacks, str) and attacks in PRESETS),
         ).report(data, classes, names)
 
@@ -132,12 +137,13 @@ class _Evaluation:
         certify: str,
         budget: Budget,
         resume: str | Path | None,
+        nearest: bool,
         explicit: bool,
     ) -> None:
         self.harness, self.steps, self.method = harness, steps, certify
         self.model, self.threat = harness.model, harness.threat
         self.x, self.y = harness.x, harness.y
-        self.explicit, self.budget = explicit, budget
+        self.explicit, self.budget, self.nearest = explicit, budget, nearest
         self.spent = Budget(0, 0)
         self.notes: list[str] = []
         self.broke: dict[str, Tensor] = {}
@@ -319,6 +325,8 @@ class _Evaluation:
 
     def _chosen(self, step: Step) -> Tensor:
         """Return the samples that a step works on: what stands, and of that its scope."""
+        if self.nearest and ATTACKS[step.name].facts["minimal"]:
+            return self.right.nonzero().squeeze(1)
         standing = self.standing
         if self.broke:  # one attack has met the certified samples, and none can break them
             standing = standing & ~self.proven
@@ -359,15 +367,23 @@ class _Evaluation:
         if self.threat.p not in (1, 2, math.inf):
             return None
         self.harness.progress("diagnosis", 0, 1)
-        verdict = diagnose(
-            self.model,
-            self.x,
-            self._named(self.y.numpy()),
-            self.threat,
-            outputs=self.clean,
-            broken=self.broke,
-            seed=self.harness.seed,
-        )
+        verdict, size = None, min(PROBED, self.harness.batch_size)
+        while verdict is None and size:
+            try:
+                verdict = diagnose(
+                    self.model,
+                    self.x,
+                    self._named(self.y.numpy()),
+                    self.threat,
+                    outputs=self.clean,
+                    broken=self.broke,
+                    samples=size,
+                    seed=self.harness.seed,
+                )
+            except (RuntimeError, MemoryError) as error:
+                if not _tensor.is_out_of_memory(error):
+                    raise
+                size //= 2
         self.harness.progress("diagnosis", 1, 1)
         return verdict
 
@@ -381,7 +397,7 @@ class _Evaluation:
             }
         verdict = self.verdict or self._diagnosis()
         if verdict is None:
-            text = f"no verdict: the checks know the norms 1, 2 and inf, not {self.threat.p:g}"
+            text = "no verdict: the checks know the norms 1, 2 and inf, and need memory for a batch"
             return {"trustworthy": None, "text": text, "findings": []}
         return {**verdict.to_dict(), "text": str(verdict)}
 
@@ -398,8 +414,11 @@ class _Evaluation:
         value, broken, unstable = self.harness.measured(rows, x_adv)
         tally.unstable += unstable
         if self.model.task == "classification":
-            broken &= self.standing[rows]
-            better = broken | (value < self.worst[rows]) & ~(value < 0)
+            stood = self.standing[rows]
+            nearer = broken & ~stood & self._nearer(rows, x_adv)
+            broken &= stood
+            lower = stood & (value < self.worst[rows]) & ~(value < 0)
+            better = broken | nearer | lower
             for row in rows[broken].tolist():
                 self.broken_by[row] = label
             self.standing[rows[broken]] = False
@@ -407,6 +426,12 @@ class _Evaluation:
             better = value > self.worst[rows]
         self.worst[rows[better]] = value[better]
         self.x_adv[rows[better]] = x_adv[better]
+
+    def _nearer(self, rows: Tensor, points: Tensor) -> Tensor:
+        """Tell where points are nearer to their samples than what is kept."""
+        x = self.x[rows].double()
+        kept, found = (self.threat.norm(p.double() - x) for p in (self.x_adv[rows], points))
+        return found < kept
 
     def _shrink(self) -> None:
         """Bisect from each sample to its adversarial example for a nearer one.

@@ -297,10 +297,13 @@ class Probes:
         for number in range(COPIES):
             points.append(pool + noise.sample(pool, _tensor.fold(keys, number)))
         inputs = torch.cat(points)
-        outputs = torch.cat([self.model(part) for whole in points for part in whole.split(256)])
+        outputs = torch.cat(
+            [self.model(part) for whole in points for part in whole.split(len(self.x))]
+        )
         targets = outputs.reshape(len(inputs), -1).float()
         targets = (targets - targets.mean(0)) / targets.std().clamp_min(1e-12)
-        return wrap(distilled(inputs.float(), targets), task=self.model.task)
+        net = distilled(inputs.float(), targets).to(pool.dtype)  # what a wall allows is as it was
+        return wrap(net, task=self.model.task)
 
 
 class _Watched(losses.Loss):

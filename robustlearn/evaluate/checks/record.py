@@ -56,7 +56,8 @@ def survives_eight_bits(probes: Probes) -> Outcome:
     Only where the box is [0, 1] and x itself lies on that grid.
     """
     grid = flat(probes.x) * 255
-    unit = probes.threat.lower == 0.0 and probes.threat.upper == 1.0
+    walls = (probes.threat.lower, probes.threat.upper)
+    unit = all(isinstance(wall, float) for wall in walls) and walls == (0.0, 1.0)
     if not unit or bool(((grid - grid.round()).abs() > 1e-3).any()):
         return None
     broken = probes.best.value > 0
