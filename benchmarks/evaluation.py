@@ -112,7 +112,8 @@ def images(name: str) -> tuple[Tensor, Tensor]:
     else:
         with np.load(FOLDER / "images" / f"{name}.npz") as file:
             x, y = file["x_test"][:, None], file["y_test"]
-    return torch.as_tensor(x / np.float32(255)), torch.as_tensor(y.astype(np.int64))
+    pixels = torch.as_tensor(np.ascontiguousarray(x) / np.float32(255))
+    return pixels, torch.as_tensor(y.astype(np.int64))
 
 
 def cells(full: bool, seed: int) -> Iterator[tuple[str, nn.Module, Tensor, Tensor, rl.LpBall]]:

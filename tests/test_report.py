@@ -99,7 +99,7 @@ def test_the_page_needs_nothing_else(folder):
     page.feed((folder / "report.html").read_text())
     assert "script" not in page.tags
     assert "link" not in page.tags
-    assert page.tags.count("svg") == 7  # two classifiers: curve and margins
+    assert page.tags.count("svg") == 7  # curve, margins and cost of two, the ascent of one
     assert all(link.startswith(("data:image/png;base64,", "#")) for link in page.links)
     text = " ".join(page.text)
     assert "DigitsNet on data" in text
