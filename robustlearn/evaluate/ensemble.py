@@ -176,7 +176,7 @@ class _Evaluation:
         if certificate is not None and certificate.certified is not None:
             self.proven = torch.from_numpy(certificate.certified)
         steps = self.steps
-        if not self.explicit:
+        if not self.explicit and self.model.task == "classification":
             steps = [step.defined(self.sizes[0]) for step in steps]
         runs = [self._attack(step, usable) for step in steps]
         self._shrink()
