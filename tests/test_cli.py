@@ -82,7 +82,9 @@ def test_version_and_attacks(capsys):
     assert "linear_exact" in shown
     assert "standard = " in shown
     assert run(["attacks", "--json"]) == 0
-    assert {"name", "needs", "norms", "summary"} == set(json.loads(capsys.readouterr().out)[0])
+    assert {"name", "needs", "norms", "minimal", "summary"} == set(
+        json.loads(capsys.readouterr().out)[0]
+    )
 
 
 @pytest.mark.parametrize("name", ["build", "linear", "ready", "scores"])
@@ -167,6 +169,55 @@ def test_resume(folder, capsys):
     assert evaluate("my_module.py:linear", "--out", "r", "--attacks", "fgsm") == 0  # starts anew
     assert evaluate("my_module.py:build", "--resume") == 2
     assert "--resume goes with --out" in capsys.readouterr().err
+
+
+def test_a_budget_and_nearest_points(folder, capsys):
+    plain = ["--attacks", "pgd:steps=30,fmn", "--certify", "none", "--json", "--limit", "30"]
+    assert evaluate("my_module.py:linear", *plain, "--budget", "gradients=20") == 0
+    (capped,) = json.loads(capsys.readouterr().out)["evaluations"]
+    assert [run["name"] for run in capped["attacks"]] == ["pgd:steps=20", "fmn"]
+    assert capped["attacks"][1]["skipped"] == "the budget is spent: gradients=20"
+    assert capped["notes"] == ["the budget gradients=20 shortens pgd:steps=30 to pgd:steps=20"]
+    assert evaluate("my_module.py:linear", *plain, "--budget", "gradients=many") == 2
+    assert "write a budget as gradients=60,forwards=500" in capsys.readouterr().err
+    for more in ([], ["--nearest"]):
+        assert evaluate("my_module.py:linear", *plain, *more, eps="1") == 0
+        (found,) = json.loads(capsys.readouterr().out)["evaluations"]
+        first, second = found["attacks"]
+        assert first["attempted"] == round(found["clean"]["value"] * 30)
+        assert second["attempted"] == first["attempted"] - (0 if more else first["broken"])
+        assert first["broken"] > 0
+
+
+def test_compare(folder, capsys):
+    for model in ("linear", "build"):
+        assert evaluate(f"my_module.py:{model}", "--out", model, "--attacks", "pgd:steps=3") == 0
+    capsys.readouterr()
+    assert run(["compare", "linear", "build/report.json", "--out", "pages/both.html"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Under attack LogisticRegression holds on more of these samples than Seq" in shown
+    assert "page: pages/both.html" in shown
+    assert "LogisticRegression or Sequential?" in (folder / "pages" / "both.html").read_text()
+    assert run(["compare", "build", "linear", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["attacked"]
+    stands = []
+    for name in ("build", "linear"):
+        (one,) = json.loads((folder / name / "report.json").read_text())["evaluations"]
+        rows = one["samples"]
+        stands.append(np.array([s["clean_correct"] and not s["broken_by"] for s in rows]))
+    assert found["only_first"] == (stands[0] & ~stands[1]).sum()
+    assert found["only_second"] == (stands[1] & ~stands[0]).sum()
+    assert evaluate("my_module.py:linear", "--out", "other", "--attacks", "fgsm", eps="0.1") == 0
+    (folder / "other" / "torn").write_text('{"schema"')
+    for second, message in (
+        ("other", "the threats differ"),
+        ("nowhere", "nowhere"),
+        ("other/torn", "not readable as JSON"),
+        ("data.npz", "not readable as JSON"),
+    ):
+        capsys.readouterr()
+        assert run(["compare", "linear", second]) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

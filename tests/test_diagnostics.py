@@ -40,14 +40,6 @@ CULPRITS = {  # the check that names the mistake
 pytestmark = pytest.mark.filterwarnings("ignore:.*returns probabilities")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread(_two_threads):
-    """The networks are so small that a second thread only waits."""
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(2)
-
-
 @pytest.fixture(scope="module")
 def digits():
     return data.load("digits").take(slice(0, 1300))

@@ -155,6 +155,37 @@ def test_words_as_labels_and_tables_as_input(iris):
         rl.evaluate(model, x[:2], ["rose", "setosa"], rl.LpBall(2, 0.3))
 
 
+def test_every_report_has_a_verdict(network, held_out, linear, iris):
+    """Also where a norm is unknown to the checks, and where nothing is left to doubt."""
+    some = slice(0, 30)
+    x, y, box = held_out.x[some], held_out.y[some], rl.LpBall(math.inf, 0.02, **BOX)
+    doubted = rl.evaluate(network, x, y, box, attacks="fgsm")
+    assert isinstance(doubted.verdict["trustworthy"], bool)
+    assert f"verdict: {doubted.verdict['text']}".splitlines()[0] in str(doubted)
+    assert len(doubted.verdict["ascent"]) > 1
+    unknown = rl.evaluate(network, x, y, rl.LpBall(3, 0.02, **BOX), attacks="fgsm")
+    assert "no verdict" in str(unknown)
+    closed = rl.evaluate(linear, *iris, rl.LpBall(2, 0.2))
+    assert "verdict: certain: the certificate meets the attack" in str(closed)
+    for report in (doubted, unknown, closed):
+        assert report.to_dict()["verdict"] == report.verdict
+    assert network.training
+
+
+def test_nearest_points_are_as_near_as_they_come(linear, iris):
+    """Points from minimal-norm attacks are nearer, and change nothing else."""
+    threat, given = rl.LpBall(2, 0.5), {"attacks": "pgd:steps=5,fmn:steps=10", "certify": "none"}
+    plain = rl.evaluate(linear, *iris, threat, **given)
+    near = rl.evaluate(linear, *iris, threat, nearest=True, **given)
+    radius = rl.certify(linear, iris[0], threat).radius
+    assert near.attacked == plain.attacked
+    assert [s.broken_by for s in near.samples] == [s.broken_by for s in plain.samples]
+    for before, after in zip(plain.samples, near.samples, strict=True):
+        if after.broken_by:
+            assert radius[after.index] * (1 - 1e-9) <= after.distance <= before.distance
+            assert after.distance <= radius[after.index] * 1.01
+
+
 def test_the_rest_of_the_options(linear, iris):
     x, y = iris
     threat = rl.LpBall(2, 0.3)

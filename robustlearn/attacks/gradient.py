@@ -272,7 +272,7 @@ def _climb(model: Model, path: Path, threat: LpBall, plan: _Plan) -> list[Path]:
             step = stepper(threat, path.x)
         path.point = step(path.point, walk.push(gradient), size)
     if plan.precision is not None:
-        for done in (*left, path):
+        for done in (*left, path) if len(path.rows) else left:
             done.measure(model, plan.final, stop=plan.stop)
     if len(path.rows):
         output = model(path.point)

@@ -19,7 +19,7 @@ from robustlearn.errors import ContradictionError, InputError, ModelError
 from robustlearn.evaluate import inputs
 from robustlearn.evaluate.diagnostics import Verdict, diagnose
 from robustlearn.evaluate.harness import Harness, Progress, Tally, attacked
-from robustlearn.evaluate.plans import PRESETS, Budget, Step, plan
+from robustlearn.evaluate.plans import HALVINGS, PRESETS, Budget, Step, plan
 from robustlearn.evaluate.results import AttackRun, Audit, Estimate, Report, Sample
 from robustlearn.evaluate.state import State
 from robustlearn.models import labels as labels_of
@@ -70,7 +70,8 @@ def evaluate(
         Samples that are certified are attacked once, as a check of the certificate.
     certify : ``"auto"``, a method, or ``"none"``.
     budget : the most gradients and forward passes a sample, ``"gradients=60,forwards=500"``;
-        attacks are shortened to fit, or left out, and the report says which.
+        attacks are shortened to fit, or left out, and the report says which. What it takes to
+        measure their points again, and the verdict on at most 64 samples, come on top.
     nearest : run minimal-norm attacks on broken samples too, so that the curve of accuracy below
         ε is that of nearest points, not of points that were drawn back towards x.
     seed : of the random starts. Results do not depend on the batch that a sample travels in.
@@ -145,6 +146,7 @@ class _Evaluation:
         self.x, self.y = harness.x, harness.y
         self.explicit, self.budget, self.nearest = explicit, budget, nearest
         self.spent = Budget(0, 0)
+        self.climbed = False  # whether an attack by gradient has run
         self.notes: list[str] = []
         self.broke: dict[str, Tensor] = {}
         self.verdict: Verdict | None = None
@@ -156,6 +158,9 @@ class _Evaluation:
         self.x_adv = self.x.clone()
         self.broken_by: list[str | None] = [None] * len(self.x)
         self.standing = self.right.clone()
+        features = math.prod(self.x.shape[1:])
+        halvings = HALVINGS if self.threat.p else features.bit_length()
+        self.sizes = (int(self.model.num_classes or 2), halvings)  # what a step's cost depends on
         self.state = None
         if resume is not None:
             self.state = State(Path(resume), self._question(), self.clean.numpy())
@@ -170,7 +175,10 @@ class _Evaluation:
         self.proven = torch.zeros(len(self.x), dtype=torch.bool)
         if certificate is not None and certificate.certified is not None:
             self.proven = torch.from_numpy(certificate.certified)
-        runs = [self._attack(step, usable) for step in self.steps]
+        steps = self.steps
+        if not self.explicit and self.model.task == "classification":
+            steps = [step.defined(self.sizes[0]) for step in steps]
+        runs = [self._attack(step, usable) for step in steps]
         self._shrink()
         self._check(certificate)
         verdict = self._verdict(certificate)
@@ -216,6 +224,8 @@ class _Evaluation:
             "samples": self.harness.numbers.tolist(),
             "attacks": [step.label for step in self.steps],
             "budget": [self.budget.gradients, self.budget.forwards],
+            "certify": self.method,
+            "nearest": self.nearest,
             "seed": self.harness.seed,
         }
 
@@ -277,22 +287,31 @@ class _Evaluation:
             raise InputError(reason)
         if reason is not None:
             return AttackRun(step.label, skipped=reason)
-        if step.scope == "masked" and not self._masked():
-            return AttackRun(step.label, skipped="the gradients show no sign of masking")
-        affordable = self.budget.less(self.spent).trimmed(step)
+        affordable = self.budget.less(self.spent).trimmed(step, *self.sizes)
         if affordable is None:
             return AttackRun(step.label, skipped=f"the budget is spent: {self.budget}")
+        if affordable.label in self.broke:
+            return AttackRun(step.label, skipped="the same attack has run already")
         rows = self._chosen(affordable)
+        if step.scope == "masked" and len(rows) and not self._masked():
+            return AttackRun(step.label, skipped="the gradients show no sign of masking")
+        if affordable.label != step.label:
+            self.notes.append(
+                f"the budget {self.budget} shortens {step.label} to {affordable.label}"
+            )
         standing = self.standing.clone()
         if len(rows):
-            self.spent = self.spent.plus(affordable)
+            self.spent = self.spent.plus(affordable.cost(*self.sizes))
         tally = Tally()
         self._run(affordable, affordable.label, rows, tally)
         rest = self._rest(affordable, rows)
         if len(rest) and bool((standing & ~self.standing).any()):
             self._run(affordable, f"{affordable.label}-rest", rest, tally)
             rows, rest = torch.cat([rows, rest]), rest[:0]
+        self.climbed |= step.needs == "gradient"
         self.broke[affordable.label] = standing & ~self.standing
+        if bool(self.broke[affordable.label].any()):
+            self.verdict = None  # there is more to judge by
         return AttackRun(
             affordable.label,
             attempted=len(rows),
@@ -325,13 +344,12 @@ class _Evaluation:
 
     def _chosen(self, step: Step) -> Tensor:
         """Return the samples that a step works on: what stands, and of that its scope."""
-        if self.nearest and ATTACKS[step.name].facts["minimal"]:
-            return self.right.nonzero().squeeze(1)
-        standing = self.standing
+        every = self.nearest and ATTACKS[step.name].facts["minimal"]
+        standing = self.right if every else self.standing
         if self.broke:  # one attack has met the certified samples, and none can break them
             standing = standing & ~self.proven
         rows = standing.nonzero().squeeze(1)
-        if self.model.task != "classification":
+        if every or self.model.task != "classification":
             return rows
         if step.scope == "near" and len(rows) > 2 * NEAR:
             way = (self.value - self.worst)[rows]
@@ -354,10 +372,7 @@ class _Evaluation:
 
     def _masked(self) -> bool:
         """Tell whether black-box attacks must run in full: gradients are missing or suspicious."""
-        if not self.model.differentiable or not any(
-            ATTACKS[step.name].facts["needs"] == "gradient" and step.label in self.broke
-            for step in self.steps
-        ):
+        if not self.climbed:
             return True
         if self.verdict is None:
             self.verdict = self._diagnosis()
@@ -422,6 +437,7 @@ class _Evaluation:
             for row in rows[broken].tolist():
                 self.broken_by[row] = label
             self.standing[rows[broken]] = False
+            value = torch.minimum(value, self.worst[rows])  # a nearer point may be less wrong
         else:
             better = value > self.worst[rows]
         self.worst[rows[better]] = value[better]

@@ -1,5 +1,6 @@
 """Which attacks run, in which order, and on which samples."""
 
+import bisect
 import inspect
 import math
 from collections.abc import Sequence
@@ -11,6 +12,10 @@ from robustlearn.errors import InputError
 
 SCOPES = ("all", "near", "audit", "masked")
 COUNTS = ("restarts", "targets", "searches", "steps", "queries")  # in the order they are cut
+MANY = 1000  # classes, where their number is not known
+PER_RIVAL = ("deepfool", "fab")  # each of their steps looks at every rival
+HALVINGS = 6  # of a segment, forward passes of one polishing step
+DAMPED = 5  # forward passes of a step that may be halved four times
 
 
 @dataclass(frozen=True)
@@ -39,15 +44,57 @@ class Step:
         """What the attack needs of a model."""
         return str(ATTACKS[self.name].facts["needs"])
 
-    @property
-    def calls(self) -> dict[str, int]:
-        """Factors of how often a sample goes through the model: the options that count it."""
+    def defined(self, classes: int) -> "Step":
+        """Return the step with the margin in place of dlr, which needs three classes."""
+        if classes >= 3 or self.options.get("loss") != "dlr":
+            return self
+        return replace(self, options={**self.options, "loss": "margin"})
+
+    def option(self, key: str) -> Any:
+        """Return an option as it is given, or its default; None if the attack does not have it."""
         known = inspect.signature(ATTACKS[self.name].function).parameters
-        return {
-            key: max(1, self.options.get(key, known[key].default))
-            for key in COUNTS
-            if key in known and isinstance(known[key].default, int)
-        }
+        return self.options.get(key, known[key].default) if key in known else None
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The options that say how often a sample goes through the model."""
+        given = {key: self.option(key) for key in COUNTS}
+        return {key: max(1, count) for key, count in given.items() if isinstance(count, int)}
+
+    def least(self, key: str) -> int:
+        """Return the smallest count that the attack takes: `nes` needs the queries of one step."""
+        directions = self.option("directions") if key == "queries" else None
+        return 1 if directions is None else 2 * int(directions) + 2
+
+    def cost(self, classes: int = MANY, halvings: int = HALVINGS) -> "Budget":
+        """Return what a sample that stands throughout costs at most; a gradient takes a pass too.
+
+        Parameters
+        ----------
+        classes : of the model, one more than the rivals that there are to aim at.
+        halvings : forward passes that one polishing step of a minimal-norm attack may take.
+        """
+        rivals, counts = max(1, classes - 1), self.counts
+        if "targets" in counts:
+            counts["targets"] = min(counts["targets"], rivals)
+        calls = math.prod(counts.values())
+        if self.needs != "gradient":
+            return Budget(0, 0 if self.needs == "affine" else calls)
+        if not counts:
+            return Budget(1, 1)
+        runs = calls // counts.get("steps", 1)
+        if ATTACKS[self.name].facts["minimal"]:
+            return self._hunt(calls, runs, rivals, halvings)
+        again = calls if self.option("precision") is not None else 0  # what looks broken
+        return Budget(calls, calls + 2 * runs + 1 + again)
+
+    def _hunt(self, calls: int, runs: int, rivals: int, halvings: int) -> "Budget":
+        """Return the cost of a minimal-norm attack with its first look at rivals and its end."""
+        rivals, polish = min(rivals, self.option("rivals") or 0), self.option("polish") or 0
+        climbs = calls * rivals if self.name in PER_RIVAL else calls + rivals
+        damped = {"deepfool": calls, "fab": climbs}.get(self.name, 0) * DAMPED
+        gradients = climbs + polish + 1
+        return Budget(gradients, gradients + runs + damped + (1 + halvings) * polish + 5)
 
 
 def _steps(*rows: tuple[Any, ...]) -> tuple[Step, ...]:
@@ -58,7 +105,7 @@ PRESETS: dict[str, tuple[Step, ...]] = {
     "quick": _steps(
         ("linear_exact", {}),
         ("pgd", {"steps": 25}),
-        ("fmn", {"steps": 25}),
+        ("fmn", {"steps": 20}),
         ("square", {"queries": 200}, "audit"),
         ("retreat", {"queries": 200}, "masked"),
     ),
@@ -135,7 +182,7 @@ class Budget:
         found: dict[str, int] = {}
         for part in text.split(","):
             key, equals, value = part.strip().partition("=")
-            if not equals or key not in ("gradients", "forwards") or not value.isdigit():
+            if not equals or key not in ("gradients", "forwards") or not value.isdecimal():
                 raise InputError(
                     f"write a budget as gradients=60,forwards=500 or one of them; got {text!r}"
                 )
@@ -149,24 +196,42 @@ class Budget:
             None if self.forwards is None else max(0, self.forwards - (spent.forwards or 0)),
         )
 
-    def plus(self, step: Step) -> "Budget":
-        """Add what a sample that stands throughout a step costs; a gradient takes a pass too."""
-        calls = math.prod(step.calls.values())
-        gradients = calls if step.needs == "gradient" else 0
-        return Budget((self.gradients or 0) + gradients, (self.forwards or 0) + calls)
+    def plus(self, cost: "Budget") -> "Budget":
+        """Add what a step costs."""
+        return Budget(
+            (self.gradients or 0) + (cost.gradients or 0),
+            (self.forwards or 0) + (cost.forwards or 0),
+        )
 
-    def trimmed(self, step: Step) -> Step | None:
-        """Return the step with what is affordable: restarts go first, steps last. None for none."""
-        limits = [self.forwards, self.gradients if step.needs == "gradient" else None]
-        most = min((limit for limit in limits if limit is not None), default=None)
-        if most is None or step.needs == "affine":
+    def covers(self, cost: "Budget") -> bool:
+        """Tell whether a step that costs so much can be paid."""
+        pairs = ((self.gradients, cost.gradients), (self.forwards, cost.forwards))
+        return all(limit is None or (price or 0) <= limit for limit, price in pairs)
+
+    def trimmed(self, step: Step, classes: int = MANY, halvings: int = HALVINGS) -> Step | None:
+        """Return the step with what is affordable: restarts go first, steps last. None for none.
+
+        Parameters
+        ----------
+        classes, halvings : as for `Step.cost`.
+        """
+        for key in step.counts:
+            step = self._shortened(step, key, classes, halvings)
+        return step if self.covers(step.cost(classes, halvings)) else None
+
+    def _shortened(self, step: Step, key: str, classes: int, halvings: int) -> Step:
+        """Return the step with the largest affordable count, or the least that there is."""
+
+        def sized(size: int) -> Step:
+            return replace(step, options={**step.options, key: size})
+
+        if self.covers(step.cost(classes, halvings)) or step.counts[key] <= step.least(key):
             return step
-        calls, options = step.calls, dict(step.options)
-        for key in calls:
-            total = math.prod(calls.values())
-            if total > most:
-                calls[key] = options[key] = max(1, calls[key] * most // total)
-        return replace(step, options=options) if math.prod(calls.values()) <= most else None
+        sizes = range(step.least(key) + 1, step.counts[key])
+        steps = bisect.bisect(
+            sizes, False, key=lambda size: not self.covers(sized(size).cost(classes, halvings))
+        )
+        return sized(step.least(key) + steps)
 
     def __str__(self) -> str:
         """Write it as `parse` reads it."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 from scipy import stats
 
 from robustlearn.errors import InputError
@@ -13,6 +14,7 @@ from robustlearn.report.table import figure
 
 SCHEMA = "robustlearn-report/1"
 LEVEL = 0.05
+NEEDED = {"model", "data", "task", "threat", "verdict", "samples", "curve"}  # of an evaluation
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -29,6 +31,10 @@ def load(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not readable as JSON: {error}") from error
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
         raise InputError(f"{path} is not a report of robustlearn ({SCHEMA})")
+    evaluations = document.get("evaluations")
+    whole = isinstance(evaluations, list) and len(evaluations) > 0
+    if not whole or any(not isinstance(e, dict) or NEEDED - e.keys() for e in evaluations):
+        raise InputError(f"{path} is damaged: an evaluation in it lacks parts")
     return document
 
 
@@ -76,17 +82,17 @@ def compared(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
         "verdicts": [e["verdict"]["text"].partition("\n")[0] for e in (one, two)],
         "samples": len(pairs),
         "clean": _tested([(a["clean_correct"], b["clean_correct"]) for a, b in pairs]),
-        "attacked": _tested([(_stands(a), _stands(b)) for a, b in pairs]),
+        "attacked": _tested([(stands(a), stands(b)) for a, b in pairs]),
     }
 
 
 def comparison_table(result: dict[str, Any]) -> Table:
     """Return the comparison for the terminal."""
-    title = f"{result['data']}, {result['threat']}: {result['samples']} samples of both"
+    title = Text(f"{result['data']}, {result['threat']}: {result['samples']} samples of both")
     shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     shown.add_column("")
     for model in result["models"]:
-        shown.add_column(model, justify="right", overflow="fold")
+        shown.add_column(Text(model), justify="right", overflow="fold")
     shown.add_column("only first", justify="right")
     shown.add_column("only second", justify="right")
     shown.add_column("McNemar p", justify="right")
@@ -137,7 +143,8 @@ def _check(one: dict[str, Any], two: dict[str, Any]) -> None:
         )
 
 
-def _stands(sample: dict[str, Any]) -> bool:
+def stands(sample: dict[str, Any]) -> bool:
+    """Tell whether the model is right on a sample and no attack broke it."""
     return bool(sample["clean_correct"]) and sample["broken_by"] is None
 
 

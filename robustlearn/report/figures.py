@@ -38,15 +38,15 @@ def curve(evaluation: dict[str, Any]) -> Markup | None:
     return _svg(draw, "Accuracy against the budget ε, both bounds")
 
 
-def curves(evaluations: list[dict[str, Any]]) -> Markup | None:
+def curves(evaluations: list[dict[str, Any]], names: list[str]) -> Markup | None:
     """Accuracy under attack against ε of several models, certified ones dashed."""
     if any(evaluation["curve"] is None for evaluation in evaluations):
         return None
 
     def draw(axes: Any) -> None:
-        for number, evaluation in enumerate(evaluations):
+        for number, (evaluation, name) in enumerate(zip(evaluations, names, strict=True)):
             data, colour = evaluation["curve"], f"C{number}"
-            axes.plot(data["eps"], data["attacked"], color=colour, label=evaluation["model"])
+            axes.plot(data["eps"], data["attacked"], color=colour, label=_literal(name))
             if data["certified"] is not None:
                 axes.plot(data["eps"], data["certified"], color=colour, ls="--")
         axes.axvline(evaluations[0]["threat"]["eps"], color="0.5", lw=1, ls=":")
@@ -134,6 +134,11 @@ def pictures(x: Any, x_adv: Any) -> dict[str, str] | None:
 def flat(values: Any) -> list[float]:
     """Nested lists as one list."""
     return [float(v) for v in np.array(values, dtype=float).ravel()]
+
+
+def _literal(name: str) -> str:
+    """Return a name as matplotlib shows it: no formula, and not left out for its underscore."""
+    return "\u200b" * name.startswith("_") + name.replace("$", r"\$")
 
 
 def _image(array: np.ndarray) -> np.ndarray | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from robustlearn.report import figures
-from robustlearn.report.comparison import compared, conclusion
+from robustlearn.report.comparison import compared, conclusion, stands
 from robustlearn.report.table import figure
 
 SHOWN_FEATURES = 8
@@ -27,7 +27,8 @@ def comparison_page(first: dict[str, Any], second: dict[str, Any]) -> str:
         name: [figure(share, "classification") for share in result[name]["shares"]]
         for name in ("clean", "attacked")
     }
-    curves = figures.curves([document["evaluations"][0] for document in (first, second)])
+    evaluations = [document["evaluations"][0] for document in (first, second)]
+    curves = figures.curves(evaluations, result["models"])
     return str(
         _template("comparison.html").render(
             c=result, conclusion=conclusion(result), figures=shares, curves=curves
@@ -113,7 +114,7 @@ def _confusion(evaluation: dict[str, Any]) -> dict[str, Any] | None:
                 "name": _class_name(evaluation, label),
                 "n": len(mine),
                 "clean": sum(s["clean_correct"] for s in mine) / len(mine),
-                "attacked": sum(s["prediction"] == label for s in mine) / len(mine),
+                "attacked": sum(stands(s) for s in mine) / len(mine),
                 "counts": [sum(s["prediction"] == other for s in mine) for other in labels],
             }
         )

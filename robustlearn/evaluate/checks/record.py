@@ -1,5 +1,7 @@
 """What an evaluation found already, and what is left of it on 8-bit images."""
 
+import re
+
 import torch
 from torch import Tensor
 
@@ -29,14 +31,14 @@ def evaluation_finds_what_probes_find(probes: Probes) -> Outcome:
 
 @check(needs="evaluation", task="classification", remedy=f"the gradient is masked: {SCORES}")
 def scores_add_little_to_gradients(probes: Probes) -> Outcome:
-    """Of what attacks by gradient left, those by scores alone broke less than a tenth.
+    """Of what attacks by gradient left, those by scores or labels broke less than a tenth.
 
     All samples of the evaluation count that the model gets right.
     """
     after: dict[bool, Tensor] = {}
     for label, mask in probes.record.items():
-        name = label.split(":")[0]
-        blind = name in ATTACKS and ATTACKS[name].facts["needs"] == "scores"
+        name = re.split("[:@]", label)[0]
+        blind = name in ATTACKS and ATTACKS[name].facts["needs"] in ("scores", "labels")
         after[blind] = after[blind] | mask if blind in after else mask
     if len(after) < 2:
         return None
