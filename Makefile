@@ -19,6 +19,9 @@ lint: .venv/installed
 bench: .venv/peers
 	$(BIN)/python benchmarks/attack_overhead.py --full --out benchmarks/results/attack_overhead.csv
 	$(BIN)/python benchmarks/linear_certificates.py --full --out benchmarks/results/linear_certificates.csv
+	$(BIN)/python benchmarks/linear.py --full --out benchmarks/results/linear.csv
+	$(BIN)/python benchmarks/evaluation.py --full --out benchmarks/results/evaluation.csv
+	$(BIN)/python benchmarks/diagnostics.py --full --out benchmarks/results/diagnostics.csv
 
 clean:
 	rm -rf .venv robustness-report build dist *.egg-info .*_cache .hypothesis

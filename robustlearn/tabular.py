@@ -425,7 +425,7 @@ def from_table(table: Any, p: float, eps: Any, *, columns: Sequence[str] | None 
 
     Raises
     ------
-    InputError for a table that lacks a column or a feature, or holds an unknown type.
+    InputError for a table that lacks a column or a feature, or holds an unknown type or word.
 
     Examples
     --------
@@ -451,6 +451,8 @@ def from_table(table: Any, p: float, eps: Any, *, columns: Sequence[str] | None 
     strange = [kind for kind in kinds if kind not in ("int", "real") and kind[:3] != "ohe"]
     if strange:
         raise InputError(f"the type of a feature is int, real or ohe…; got {strange[0]!r}")
+    if not frame["mutable"].isin([True, False]).all():  # "no" would count as true
+        raise InputError("mutable must be True or False for every feature")
     names = sorted({kind for kind in kinds if kind.startswith("ohe")})
     low, high = (frame[name].to_numpy(float) for name in ("min", "max"))
     return Tabular(

@@ -126,6 +126,99 @@ def test_a_csv_and_a_regressor(folder, capsys):
     assert evaluation["attacked"]["value"] <= evaluation["certified"]["value"] * (1 + 1e-9)
 
 
+FLOWERS = """
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+
+def build():
+    table = np.loadtxt("flowers.csv", delimiter=",", skiprows=1)
+    return LogisticRegression(max_iter=5000).fit(table[:, :4], table[:, 4].astype(int))
+"""
+FEATURES = """feature,type,mutable,min,max
+unused,int,True,0,9
+d,int,True,0,30
+c,int,False,0,80
+b,real,True,15,50
+a,int,True,40,80
+"""
+
+
+@pytest.fixture
+def flowers(folder):
+    """Iris in whole millimetres as a table, a classifier of it, and what its features may do."""
+    x, y = load_iris(return_X_y=True)
+    rows = np.c_[(10 * x).round(), y]
+    np.savetxt("flowers.csv", rows, fmt="%d", delimiter=",", header="a,b,c,d,t", comments="")
+    (folder / "flowers.py").write_text(FLOWERS)
+    (folder / "features.csv").write_text(FEATURES)
+    return rows
+
+
+def answered(verb, *more, table="features.csv"):
+    """The exit status of a verb on the flowers, L∞ within a twentieth of each range."""
+    given = "--model flowers.py:build --data flowers.csv --target t --norm linf --eps 1/20"
+    return run([verb, *given.split(), "--features", table, *more])
+
+
+def never_misled(rows):
+    """Which flowers no allowed change misleads: without a sum over features, corners suffice."""
+    reach = np.array([2, 35 / 20, 0, 1])  # a: 40/20; b: not whole; c: frozen; d: ⌊30/20⌋
+    low, high = np.array([40, 15, 0, 0]), np.array([80, 50, 80, 30])
+    x, y = rows[:, :4], rows[:, 4].astype(int)
+    model = LogisticRegression(max_iter=5000).fit(x, y)
+    ends = [np.maximum(x - reach, low) - x, np.minimum(x + reach, high) - x]
+    safe = np.ones(len(x), bool)
+    for rival in range(3):
+        w = model.coef_[y] - model.coef_[rival]
+        margin = (w * x).sum(1) + model.intercept_[y] - model.intercept_[rival]
+        worst = margin + np.minimum(w * ends[0], w * ends[1]).sum(1)
+        safe &= (worst > 0) | (y == rival)
+    return safe
+
+
+def test_a_table_of_features(flowers, capsys):
+    truth = never_misled(flowers)
+    assert answered("certify", "--json") == 0
+    proven = json.loads(capsys.readouterr().out)
+    assert [s["certified"] for s in proven["samples"]] == truth.tolist()
+    assert answered("evaluate", "--out", "report", "--quiet") == 0
+    with open("report/report.json") as file:
+        found = json.load(file)["evaluations"][0]
+    assert found["threat"]["type"] == "Tabular"
+    assert [s["broken_by"] is None and s["clean_correct"] for s in found["samples"]] == list(truth)
+    assert found["attacked"]["value"] < found["clean"]["value"]
+    with np.load("report/adversarial.npz") as file:
+        index, x_adv = file["index"], file["x_adv"]
+    change = np.abs(x_adv - flowers[index, :4])
+    assert (change <= [2, 35 / 20, 0, 1]).all()
+    assert (x_adv[:, [0, 2, 3]] % 1 == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text", "message"),
+    [
+        (["--lower", "0"], FEATURES, "leave out --lower and --upper"),
+        (["--upper", "9"], FEATURES, "leave out --lower and --upper"),
+        ([], FEATURES.replace("a,int", "z,int"), "the feature table does not know a"),
+        ([], FEATURES.replace(",max", ",most"), "lacks the columns max"),
+        ([], FEATURES.replace("40,80", "60,80"), "data outside the box"),
+        ([], FEATURES.replace("False", "no"), "mutable must be True or False"),
+        ([], "", "not a readable table"),
+        ([], None, "features.csv"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["evaluate", "certify"])
+def test_a_table_of_features_that_cannot_be_used(flowers, capfd, verb, arguments, text, message):
+    os.remove("features.csv")
+    if text is not None:
+        with open("features.csv", "w") as file:
+            file.write(text)
+    assert answered(verb, *arguments) == 2
+    shown = capfd.readouterr().err
+    assert message in " ".join(shown.split())
+    assert "fault of robustlearn" not in shown
+
+
 def test_certify(folder, capsys):
     command = ["certify", "--data", "iris", "--norm", "linf", "--eps", "1/10"]
     assert run([*command, "--model", "my_module.py:linear", "--out", "rows"]) == 0

@@ -90,6 +90,13 @@ Norm = Annotated[str, typer.Option(help="linf, l2, l1 or a number.")]
 Eps = Annotated[float, typer.Option(help="Budget, as 0.1 or 8/255.", **Number)]
 Lower = Annotated[float | None, typer.Option(help="Least value of a feature.", **Number)]
 Upper = Annotated[float | None, typer.Option(help="Largest value of a feature.", **Number)]
+Features = Annotated[
+    Path | None,
+    typer.Option(
+        help="TABLE.csv with the type (int, real, ohe0, …), mutable, min and max of each feature; "
+        "--eps is then a share of these ranges."
+    ),
+]
 Target = Annotated[str | None, typer.Option(help="Target column of a .csv.")]
 Task = Annotated[str | None, typer.Option(help="classification or regression, if it is not clear.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, …")]
@@ -109,6 +116,7 @@ def evaluate(
     norm: Norm = "linf",
     lower: Lower = None,
     upper: Upper = None,
+    features: Features = None,
     target: Target = None,
     task: Task = None,
     attacks: Annotated[
@@ -145,7 +153,8 @@ def evaluate(
         raise InputError("--resume goes with --out: the folder that holds the earlier run")
     samples, indices = inputs.samples(data, target, limit, seed)
     wrapped = inputs.model(model, task=task, allow_pickle=allow_pickle)
-    threat = inputs.threat(norm, eps, lower, upper)
+    columns = samples.feature_names
+    threat = inputs.threat(norm, eps, lower, upper, features=features, columns=columns)
     state = None if out is None else inputs.state(out, resume)
     with screen.progress(show=not (quiet or as_json)) as progress:
         report = evaluate(
@@ -183,6 +192,7 @@ def certify(
     norm: Norm = "linf",
     lower: Lower = None,
     upper: Upper = None,
+    features: Features = None,
     target: Target = None,
     task: Task = None,
     method: Annotated[str, typer.Option(help="auto, or a method.")] = "auto",
@@ -199,7 +209,8 @@ def certify(
 
     samples, indices = inputs.samples(data, target, limit, seed)
     wrapped = inputs.model(model, task=task, allow_pickle=allow_pickle)
-    threat = inputs.threat(norm, eps, lower, upper)
+    columns = samples.feature_names
+    threat = inputs.threat(norm, eps, lower, upper, features=features, columns=columns)
     with wrapped.on(device):
         result = inputs.certificate(wrapped, samples, indices, threat, method)
     if out is not None:

@@ -11,7 +11,7 @@ import sys
 import traceback
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from robustlearn.errors import InputError
 from robustlearn.evaluate import Estimate
 from robustlearn.models import Model
 from robustlearn.report import plain
+from robustlearn.tabular import from_table
 from robustlearn.threats import LpBall, parse_norm
 
 __all__ = ["certificate", "model", "plain", "samples", "state", "threat", "write_certificate"]
@@ -40,9 +41,27 @@ def samples(
     return dataset.take(indices), indices
 
 
-def threat(norm: str, eps: float, lower: float | None, upper: float | None) -> LpBall:
-    """Make the threat of the options --norm, --eps, --lower and --upper."""
-    return LpBall(parse_norm(norm), eps, lower=lower, upper=upper)
+def threat(
+    norm: str,
+    eps: float,
+    lower: float | None,
+    upper: float | None,
+    *,
+    features: Path | None = None,
+    columns: Sequence[str] | None = None,
+) -> LpBall:
+    """Make the threat of --norm, --eps, --lower and --upper, or of --features.
+
+    ``columns`` are the features of the data in order; without, they are those of the table.
+    """
+    if features is None:
+        return LpBall(parse_norm(norm), eps, lower=lower, upper=upper)
+    if lower is not None or upper is not None:
+        raise InputError(
+            f"{features.name} bounds each feature by its own min and max: leave out --lower and "
+            "--upper, or change the table"
+        )
+    return from_table(_feature_table(features), parse_norm(norm), eps, columns=columns)
 
 
 def state(out: Path, resume: bool) -> Path:
@@ -114,6 +133,15 @@ def write_certificate(folder: Path, result: dict[str, Any]) -> None:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def _feature_table(path: Path) -> Any:
+    import pandas
+
+    try:
+        return pandas.read_csv(path)
+    except (pandas.errors.ParserError, pandas.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise InputError(f"{path.name} is not a readable table: {error}") from error
 
 
 @contextlib.contextmanager
