@@ -125,7 +125,7 @@ def test_regressors_have_both_bounds():
     assert report.attacked.low < report.attacked.value < report.attacked.high
     assert report.task == "regression"
     skipped = {run.name: run.skipped for run in report.attacks if run.skipped}
-    assert "loss for classification" in skipped["MISSING"]
+    assert "is a regressor" in skipped["fmn:steps=25"]
 
 
 def test_a_black_box_is_attacked_by_its_scores(iris):
