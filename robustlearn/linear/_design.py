@@ -125,8 +125,18 @@ def _is_dask(x: Any) -> bool:
 
 
 def _is_mapped(x: Any) -> bool:
-    """Tell a whole `numpy.memmap` from arrays, and from parts of one."""
-    return isinstance(x, np.memmap) and isinstance(x.base, mmap.mmap) and x.flags.c_contiguous
+    """Tell a whole `numpy.memmap` that its file can stand for from arrays, and parts of one.
+
+    What is written to a copy-on-write map (mode "c") is not in the file, and a map of an unnamed
+    temporary file cannot be opened again: these are sliced as arrays are.
+    """
+    return (
+        isinstance(x, np.memmap)
+        and isinstance(x.base, mmap.mmap)
+        and x.flags.c_contiguous
+        and x.mode in ("r", "r+", "w+")
+        and x.filename is not None
+    )
 
 
 def _rows(x: Any, part: slice) -> Any:

@@ -11,7 +11,7 @@ from robustlearn.errors import InputError
 from robustlearn.linear import _losses
 from robustlearn.linear._design import Design
 from robustlearn.linear._problem import Found, Problem
-from robustlearn.linear._solve import Solution, solve, without
+from robustlearn.linear._solve import Solution, edge, solve
 from robustlearn.linear.closed_form import dual_norm, units
 from robustlearn.linear.estimators import weights
 
@@ -99,7 +99,7 @@ def regularization_path(
     weight = weights(sample_weight, len(y))
     kept = weight > 0
     problem = prepared(X[kept], y[kept], weight[kept], chosen, norm, fit_intercept, feature_scale)
-    *_, largest = without(problem)
+    largest = edge(problem)
     if eps is None:
         budgets = np.geomspace(largest, shortest * largest, n_eps)
     else:

@@ -12,7 +12,7 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from robustlearn.errors import InputError
 from robustlearn.linear import _losses
 from robustlearn.linear._problem import Problem
-from robustlearn.linear._solve import without
+from robustlearn.linear._solve import edge
 from robustlearn.linear.closed_form import units
 from robustlearn.linear.estimators import (
     AdversarialClassifier,
@@ -52,7 +52,7 @@ class _Search(BaseEstimator):
     def _choose(self, X: Any, y: Any, weight: Array, signs: list[Array], loss: Any) -> float:
         """Return the best eps; ``signs`` are the targets of the models, one or one a class."""
         everything = np.arange(len(y))
-        largest = max(without(self._prepared(X, one, weight, loss, everything))[2] for one in signs)
+        largest = max(edge(self._prepared(X, one, weight, loss, everything)) for one in signs)
         if self.eps is not None:
             grid = np.sort(np.asarray(self.eps, dtype=np.float64).ravel())[::-1]
         elif largest > 0:
