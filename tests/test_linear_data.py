@@ -52,7 +52,7 @@ def test_blocks_of_a_file_leave_memory(samples, tmp_path):
     block = _design._rows(stored, slice(10, 20))
     assert block.base is not stored.base
     np.testing.assert_array_equal(block, samples[0][10:20])
-    assert not _design._is_mapped(stored[5:])  # whose offset numpy does not keep
+    assert not _design.is_mapped(stored[5:])  # whose offset numpy does not keep
 
 
 def test_two_workers_of_dask_give_the_same_model(samples):

@@ -107,6 +107,12 @@ class Solution:
         return near and not self.contradicted
 
     @property
+    def unheld(self) -> bool:
+        """Whether the objective is too large or too small for the user's units."""
+        value = self.objective
+        return bool(np.isinf(value)) or (value == 0 and self.inner_objective > 0)
+
+    @property
     def vanishing(self) -> bool:
         """Whether next to nothing is left of the loss."""
         return self.inner_objective < 1e-3 * self.inner_start

@@ -79,6 +79,29 @@ def tamed(problem: Problem) -> tuple[Problem, float]:
     return problem, 1.0
 
 
+def robust_scale(y: Array, weight: Array, *, intercept: bool) -> float:
+    """1.4826·median |y − median(y)|, the standard deviation of normal y; from 0 if not intercept.
+
+    Where that is 0, the mean instead of the median; where that is 0 too, 1.
+    """
+    peak = float(np.abs(y).max())
+    if peak == 0:
+        return 1.0
+    y = y / peak
+    away = np.abs(y - _median(y, weight) if intercept else y)
+    size = 1.4826 * _median(away, weight) or float(weight @ away / weight.sum())
+    return size * peak if size > 0 else 1.0
+
+
+def _median(values: Array, weight: Array) -> float:
+    """Return the weighted median; the middle of two where half of the weight is on either side."""
+    order = np.argsort(values)
+    values, share = values[order], np.cumsum(weight[order]) / weight.sum()
+    low = min(int(np.searchsorted(share, 0.5 - 1e-12)), len(values) - 1)
+    high = min(int(np.searchsorted(share, 0.5 + 1e-12)), len(values) - 1)
+    return float(0.5 * (values[low] + values[high]))
+
+
 def _exponent(size: float) -> int:
     """Return e with 2^e ≤ size < 2^(e + 1)."""
     return int(np.frexp(size)[1]) - 1

@@ -323,8 +323,8 @@ def _samples(X: Any, y: Any, w: Any) -> tuple[Array, Array, Array]:
     return X, y, w
 
 
-def budget(eps: Any) -> float:
+def budget(eps: Any, name: str = "eps") -> float:
     """Return eps as a number, checked."""
     if isinstance(eps, bool) or not isinstance(eps, Real) or not 0 <= float(eps) < np.inf:
-        raise InputError(f"eps must be finite and not negative; got {eps!r}")
+        raise InputError(f"{name} must be finite and not negative; got {eps!r}")
     return float(eps)
