@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from robustlearn.linear._design import Design
 from robustlearn.linear._losses import Loss
+from robustlearn.linear._norms import dual_norm
 
 Array = NDArray[np.float64]
 SLACK = 1e-14  # relative room for the rounding of the sums
@@ -47,7 +48,7 @@ def lower_bound(
     lifts : (n,) about ω·∂loss/∂c there, the a; by default those of v.
     """
     costly = (scale > 0) & (eps > 0)
-    p = {1.0: np.inf, 2.0: 2.0, np.inf: 1.0}[q]
+    p = dual_norm(q)
 
     def reach(s: Array) -> float:
         """‖Xᵀs / D‖_p / ε."""

@@ -36,7 +36,7 @@ class Design:
 
     def __init__(self, x: Any, *, intercept: bool, kept: NDArray[np.bool_] | None = None) -> None:
         whole = kept is None or bool(kept.all())
-        self.index = np.flatnonzero(kept) if not whole and is_mapped(x) else None
+        self.index = None if kept is None or whole or not is_mapped(x) else np.flatnonzero(kept)
         self.x = x if whole or self.index is not None else x[kept]
         self.intercept = intercept
         self.rows, self.features = self.x.shape

@@ -13,6 +13,7 @@ from robustlearn.linear._design import Design
 from robustlearn.linear._interior import minimise
 from robustlearn.linear._losses import Squared
 from robustlearn.linear._margin import margin_left, widest
+from robustlearn.linear._norms import dual_norm
 from robustlearn.linear._problem import Found, Problem
 from robustlearn.linear._rounds import FEW, INSIDE, interior_rounds, newton_rounds
 from robustlearn.linear._rows import Rows
@@ -229,7 +230,7 @@ def _without(problem: Problem) -> tuple[Array, Array, float]:
     a = np.abs(multipliers)
     if not problem.loss.classifies:
         a = np.maximum(a, weight * problem.loss.slope(np.abs(design.dot(v) - y)))
-    p = {1.0: np.inf, 2.0: 2.0, np.inf: 1.0}[problem.q]
+    p = dual_norm(problem.q)
     pull = float(np.linalg.norm(design.tdot(multipliers)[costly] / scale[costly], p))
     return v, multipliers, pull / float(a.sum()) if a.any() else 0.0
 

@@ -13,11 +13,12 @@ from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 from robustlearn.errors import InputError
 from robustlearn.linear import _losses
 from robustlearn.linear._design import Design, is_native
+from robustlearn.linear._norms import dual_norm
 from robustlearn.linear._problem import Problem
 from robustlearn.linear._report import doubts, tell, tell_range
 from robustlearn.linear._solve import Solution, solve
 from robustlearn.linear._units import robust_scale
-from robustlearn.linear.closed_form import budget, dual_norm, units
+from robustlearn.linear.closed_form import budget, units
 
 Array = NDArray[np.float64]
 

@@ -11,10 +11,11 @@ from sklearn.utils.validation import check_X_y
 from robustlearn.errors import InputError
 from robustlearn.linear import _losses
 from robustlearn.linear._design import Design
+from robustlearn.linear._norms import dual_norm
 from robustlearn.linear._problem import Found, Problem
 from robustlearn.linear._report import doubts, tell, tell_range
 from robustlearn.linear._solve import Solution, edge, solve
-from robustlearn.linear.closed_form import dual_norm, units
+from robustlearn.linear.closed_form import units
 from robustlearn.linear.estimators import accuracy, regression_loss, weights
 
 Array = NDArray[np.float64]
