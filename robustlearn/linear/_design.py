@@ -73,6 +73,11 @@ class Design:
         (total,) = self._summed(_tdot, s)
         return np.append(total, s.sum()) if self.intercept else total
 
+    def tdot_size(self, s: Array) -> Array:
+        """|X|ᵀ·|s|, against which the rounding of Xᵀ·s is measured."""
+        (total,) = self._summed(_tdot_size, np.abs(s))
+        return np.append(total, np.abs(s).sum()) if self.intercept else total
+
     def pick(self, columns: NDArray[np.intp]) -> Array:
         """Return some columns of all rows, (n, k)."""
         inner = columns[columns < self.features]
@@ -263,6 +268,10 @@ def _tdot(block: Any, s: Any) -> Any:
 
 def _picked(block: Any, columns: list[int]) -> Any:
     return block[:, columns]
+
+
+def _tdot_size(block: Any, s: Any) -> Any:
+    return (abs(block).T @ s,)
 
 
 def _itself(block: Any) -> Any:

@@ -23,6 +23,7 @@ Array = NDArray[np.float64]
 DUST = 1e-7  # of the largest coefficient
 NOTHING = 1e-12  # a loss that is none
 ASIDE = (1e-9, 1e-8, 1e-6, 1e-4, 1e-2)  # shares of eps
+CANCELLED = 1e-15  # of the sum of sizes: a sum that is rounding
 NEGLIGIBLE = 1e-14  # gap, in losses of the best model without features, that is none
 WELL = 1e-4  # ratio of the pivots from which Cholesky's factor is as good as that of QR
 
@@ -252,6 +253,9 @@ def _without(problem: Problem) -> tuple[Array, Array, float]:
         a = np.maximum(a, weight * problem.loss.slope(np.abs(design.dot(v) - y)))
     p = dual_norm(problem.q)
     pull = float(np.linalg.norm(design.tdot(multipliers)[costly] / scale[costly], p))
+    if not isinstance(problem.loss, Squared):  # multipliers that cancel leave rounding
+        most = design.tdot_size(multipliers)[costly] / scale[costly]
+        pull = pull if pull > CANCELLED * float(np.linalg.norm(most, p)) else 0.0
     return v, multipliers, pull / float(a.sum()) if a.any() else 0.0
 
 
