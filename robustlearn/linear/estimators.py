@@ -74,7 +74,7 @@ def regression_loss(
     """Return the loss, a ``relative`` threshold of Huber's in robust standard deviations of y."""
     loss = _losses.get(name, threshold)
     if loss.classifies:
-        raise InputError(f"the {name} loss is for a classifier, AdversarialClassifier or its CV")
+        raise InputError(f"the {name} loss is for AdversarialClassifier and its CV")
     if flag("huber_relative", relative) and isinstance(loss, _losses.Huber):
         kept = weight > 0
         size = robust_scale(y[kept], weight[kept], intercept=intercept)

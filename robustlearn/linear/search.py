@@ -115,10 +115,11 @@ class _Search(BaseEstimator):
             self._doubts += doubts(found, self.tol, classifies=loss.classifies)
             self._solved += len(found)
             for k, model in enumerate(found):
-                c = attack * np.linalg.norm(reach * model.coef, problem.q)
-                z = X[test] @ model.coef + model.intercept
-                value = loss.value(loss.height(np.asarray(z), float(c), one[test]))
-                total[k] += np.average(value, weights=weight[test])
+                with np.errstate(over="ignore", invalid="ignore"):  # told by who asks
+                    c = attack * np.linalg.norm(reach * model.coef, problem.q)
+                    z = X[test] @ model.coef + model.intercept
+                    value = loss.value(loss.height(np.asarray(z), float(c), one[test]))
+                    total[k] += np.average(value, weights=weight[test])
         return total
 
     def _finish(self, best: Any, X: Any, y: Any, weight: Array, loss: Any) -> None:
