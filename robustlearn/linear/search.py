@@ -248,7 +248,8 @@ class AdversarialClassifierCV(ClassifierMixin, _Search):
     --------
     >>> from sklearn.datasets import load_breast_cancer
     >>> X, y = load_breast_cancer(return_X_y=True)
-    >>> search = AdversarialClassifierCV(n_eps=4, cv=3).fit((X - X.mean(0)) / X.std(0), y)
+    >>> search = AdversarialClassifierCV(n_eps=4, shortest=0.1, cv=3)
+    >>> search = search.fit((X - X.mean(0)) / X.std(0), y)
     >>> search.loss_path_.shape
     (4, 3)
     """
