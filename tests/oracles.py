@@ -13,7 +13,7 @@ def cases(*axes, broken):
     """The product of the axes; those that ``broken`` has a reason for are known to fail."""
     product = list(itertools.product(*axes))
     reasons = [broken(case) for case in product]
-    marks = [[pytest.mark.xfail(strict=False, reason=why)] if why else [] for why in reasons]
+    marks = [[pytest.mark.xfail(strict=True, reason=why)] if why else [] for why in reasons]
     return [pytest.param(*case, marks=mark) for case, mark in zip(product, marks, strict=True)]
 
 

@@ -465,3 +465,44 @@ def test_a_skops_file_with_foreign_types_is_refused(folder, capsys):
 
 class Foreign:
     """Neither scikit-learn's nor ours."""
+
+
+def test_the_threshold_of_huber_follows_the_target(folder, capsys):
+    table = np.loadtxt("t.csv", delimiter=",", skiprows=1)
+    header = (folder / "t.csv").read_text().splitlines()[0]
+    target = header.split(",").index("t")
+    table[:, target] *= 1e4
+    np.savetxt("big.csv", table, delimiter=",", header=header, comments="")
+    command = ["fit-linear", "--target", "t", "--eps", "0.1", "--relative", "--loss", "huber"]
+    results = []
+    for name in ("t.csv", "big.csv"):
+        assert run([*command, "--data", name, "--json"]) == 0
+        results.append(json.loads(capsys.readouterr().out))
+        assert results[-1]["notes"] == []
+    small, big = results
+    assert big["huber_threshold"] == pytest.approx(1e4 * small["huber_threshold"])
+    np.testing.assert_allclose(big["coefficients"][0], 1e4 * np.array(small["coefficients"][0]))
+    raw = [*command, "--data", "big.csv", "--huber-absolute", "--huber-threshold", "1e-3"]
+    assert run([*raw, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["huber_threshold"] == 1e-3
+    assert "no training row is in the quadratic part" in result["notes"][0]
+
+
+def test_fit_linear_of_many_classes_with_a_relative_budget(folder, capsys):
+    command = ["fit-linear", "--data", "iris", "--eps", "0.2", "--relative", "--loss", "hinge"]
+    assert run([*command, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["eps"] == pytest.approx(0.2 * result["eps_max"])
+
+
+def test_a_name_that_begins_like_ours_is_not_trusted(monkeypatch, folder, capsys):
+    import skops.io
+
+    names = ["robustlearn.linear.path.Path", "robustlearn.linear.search.AdversarialRegressorCV"]
+    monkeypatch.setattr(skops.io, "get_untrusted_types", lambda file: names)
+    (folder / "m.skops").write_bytes(b"")
+    assert run(["certify", "--model", "m.skops", "--data", "iris", "--eps", "0.1"]) == 2
+    assert "neither scikit-learn's nor ours: robustlearn.linear.path.Path;" in (
+        capsys.readouterr().err
+    )

@@ -10,12 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 import robustlearn as rl
 from robustlearn.attacks import linear_exact, pgd
 from robustlearn.errors import InputError
 from robustlearn.linear import (
+    AdversarialClassifier,
     AdversarialRegressor,
+    certified_radius,
     eps_max,
     interpolation_threshold,
     worst_case_input,
@@ -320,20 +325,21 @@ UNITS = {
     "far": (1.0, 1e3, 1.0, 0.0),
     "small targets": (1.0, 0.0, 1e-6, 0.0),
     "large targets": (1.0, 0.0, 1e6, 0.0),
+    "not so far": (1.0, 10.0, 1.0, 0.0),
     "far targets": (1.0, 0.0, 1.0, 1e3),
-}
-NOT_YET = {  # reasons
-    (2, "far"): "rounding in the centred X counts as rank: no freedom is left in the dual",
+    "very far targets": (1.0, 0.0, 1.0, 1e9),
 }
 
 
-@pytest.mark.parametrize(("norm", "units"), oracles.cases(NORMS, UNITS, broken=NOT_YET.get))
+@pytest.mark.parametrize("units", UNITS)
+@pytest.mark.parametrize("norm", NORMS)
 def test_thresholds_follow_the_units_of_the_data(norm, units):
     rng = np.random.default_rng(20)
     x, y = rng.standard_normal((20, 40)), rng.standard_normal(20)
     factor, shift, y_factor, y_shift = UNITS[units]
     moved = factor * x + shift, y_factor * y + y_shift
-    assert eps_max(*moved, norm) == pytest.approx(factor * eps_max(x, y, norm), rel=1e-9)
+    close = 1e-6 if y_shift == 1e9 else 1e-9  # digits that y has lost
+    assert eps_max(*moved, norm) == pytest.approx(factor * eps_max(x, y, norm), rel=close)
     edge = interpolation_threshold(x, y, norm)
     assert interpolation_threshold(*moved, norm) == pytest.approx(factor * edge, rel=1e-5)
 
@@ -429,3 +435,31 @@ def test_errors_of_the_thresholds_say_what_to_do():
             function(x, y, 3)
         with pytest.raises(ValueError, match="NaN"):
             function(x, [0.0, math.nan, 1.0])
+
+
+def test_a_linear_program_that_fails_is_told(monkeypatch):
+    from robustlearn.linear import closed_form
+
+    failed = closed_form.linprog([1.0], A_eq=[[1.0]], b_eq=[-1.0])  # of no solution
+    assert failed.status != 0
+    monkeypatch.setattr(closed_form, "linprog", lambda *args, **options: failed)
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((5, 9)), rng.standard_normal(5)
+    x, y = np.vstack([x, x]), np.tile(y, 2)  # rows twice: the dual has freedom
+    for norm in NORMS:
+        with pytest.raises(RuntimeError, match="a linear program of the interpolation threshold"):
+            interpolation_threshold(x, y, norm)
+
+
+def test_a_radius_wants_the_columns_of_the_fit():
+    pandas = pytest.importorskip("pandas")
+    rng = np.random.default_rng(0)
+    x = pandas.DataFrame(rng.standard_normal((20, 3)) * [1, 5, 9], columns=list("abc"))
+    y = (x["a"] + rng.standard_normal(20) > 0).astype(int)
+    for model in (LogisticRegression(), make_pipeline(StandardScaler(), AdversarialClassifier())):
+        model.fit(x, y)
+        radius = certified_radius(model, x)
+        np.testing.assert_array_equal(certified_radius(model, x.to_numpy()), radius)
+        for wrong in (x[["b", "a", "c"]], x.rename(columns={"a": "z"})):
+            with pytest.raises(InputError, match="fitted with a, b, c, in this order"):
+                certified_radius(model, wrong)

@@ -1,8 +1,12 @@
 """Paths over eps and searches: each model is the one that a fit by itself gives."""
 
+import linecache
+import warnings
+
 import numpy as np
 import pytest
 from sklearn.datasets import load_diabetes, load_iris
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import KFold
 
 from robustlearn.errors import InputError
@@ -87,3 +91,115 @@ def test_the_search_takes_several_classes():
     assert search.score(x, y) > 0.8
     with pytest.raises(InputError, match="for AdversarialRegressorCV"):
         AdversarialClassifierCV(loss="huber").fit(x, y)
+
+
+def one_warning(fit):
+    """The message and place of the one ConvergenceWarning that a call brings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit()
+    (told,) = [one for one in caught if issubclass(one.category, ConvergenceWarning)]
+    assert told.filename == __file__
+    assert "one_warning(lambda" in linecache.getline(__file__, told.lineno)
+    return str(told.message)
+
+
+SHORT = {"max_iter": 1, "tol": 1e-12}
+LABELS = np.where(Y > 0, 1, -1)
+
+
+def test_what_is_not_proven_is_told_once():
+    huber = {"loss": "huber", **SHORT, "n_eps": 5}
+    told = one_warning(lambda: regularization_path(X, Y, **huber))
+    assert told.startswith("regularization_path: 4 of 5 solutions are not proven")
+    told = one_warning(lambda: AdversarialRegressorCV(cv=3, **huber).fit(X, Y))
+    assert "of 16 solutions are not proven" in told
+    told = one_warning(lambda: AdversarialClassifierCV(cv=3, n_eps=5, **SHORT).fit(X, LABELS))
+    assert "of 16 solutions are not proven" in told
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        regularization_path(X, Y, n_eps=5, loss="huber")
+
+
+KINDS = {
+    "path": lambda **options: regularization_path(X, Y, **options),
+    "regressor": lambda **options: AdversarialRegressorCV(**options).fit(X, Y),
+    "classifier": lambda **options: AdversarialClassifierCV(**options).fit(X, LABELS),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tol": -1}, "tol, the relative gap, lies between 0 and 1"),
+        ({"tol": "a"}, "tol, the relative gap, lies between 0 and 1"),
+        ({"max_iter": 0}, "max_iter must be a whole number"),
+        ({"max_iter": 1.5}, "max_iter must be a whole number"),
+        ({"shortest": -1}, "shortest, a share of eps_max"),
+        ({"shortest": 0.0}, "shortest, a share of eps_max"),
+        ({"shortest": np.nan}, "shortest, a share of eps_max"),
+        ({"shortest": "a"}, "shortest, a share of eps_max"),
+        ({"n_eps": 0}, "n_eps must be a whole number"),
+        ({"n_eps": 2.5}, "n_eps must be a whole number"),
+        ({"eps": []}, "at least one budget"),
+        ({"eps": [0.1, np.nan]}, "all finite"),
+        ({"eps": [np.inf]}, "all finite"),
+        ({"eps": [-1.0]}, "must not be negative"),
+        ({"eps": "a"}, "eps must hold numbers"),
+    ],
+)
+def test_errors_of_paths_and_searches_say_what_to_do(kind, options, message):
+    with pytest.raises(InputError, match=message):
+        KINDS[kind](**options)
+
+
+@pytest.mark.parametrize("kind", ["regressor", "classifier"])
+@pytest.mark.parametrize("attack_eps", [-1, np.nan, np.inf, "a", None])
+def test_errors_of_the_attack_of_a_search(kind, attack_eps):
+    with pytest.raises(InputError, match="attack_eps must be finite and not negative"):
+        KINDS[kind](attack_eps=attack_eps)
+
+
+def test_a_constant_target_has_no_path_of_its_own():
+    with pytest.raises(InputError, match="no feature is of any use"):
+        regularization_path(X, np.ones(len(X)))
+    assert regularization_path(X, np.ones(len(X)), eps=[0.1]).coef.tolist() == [[0.0] * 10]
+    assert AdversarialRegressorCV().fit(X, np.ones(len(X))).eps_ == 0
+
+
+def test_folds_without_weight_or_class_are_refused():
+    folds = KFold(3)
+    _, test = next(iter(folds.split(X)))
+    for kind, y in ((AdversarialRegressorCV, Y), (AdversarialClassifierCV, LABELS)):
+        weight = np.ones(len(Y))
+        weight[test] = 0
+        with pytest.raises(InputError, match="have no weight; use fewer folds"):
+            kind([0.1], cv=folds).fit(X, y, weight)
+    weight = np.where(LABELS > 0, 1.0, 0.0)
+    weight[test] = 1.0  # the other class has weight there alone
+    with pytest.raises(InputError, match="lacks a class"):
+        AdversarialClassifierCV([0.1], cv=folds).fit(X, LABELS, weight)
+
+
+def test_a_class_without_weight_is_none():
+    x, y = load_iris(return_X_y=True)
+    weight = np.where(y == 0, 0.0, 1.0)
+    search = AdversarialClassifierCV([0.5, 0.1], cv=3).fit(x, y, weight)
+    assert search.classes_.tolist() == [1, 2]
+    assert search.coef_.shape == (1, 4)
+
+
+def test_a_loss_that_is_no_number_is_an_error():
+    with pytest.raises(InputError, match="not a finite number"):
+        AdversarialRegressorCV([0.1], cv=3).fit(X, 1e200 * Y)
+
+
+def test_a_relative_threshold_is_the_same_in_all_folds():
+    options = {"loss": "huber", "huber_relative": True}
+    base = AdversarialRegressorCV([0.1, 0.01], cv=3, **options).fit(X, Y)
+    other = AdversarialRegressorCV([0.1, 0.01], cv=3, **options).fit(X, 1e3 * Y + 5)
+    np.testing.assert_allclose(other.loss_path_, 1e6 * base.loss_path_, rtol=1e-6)
+    path = regularization_path(X, 1e3 * Y, eps=[0.1], **options)
+    alone = AdversarialRegressor(0.1, **options).fit(X, 1e3 * Y)
+    np.testing.assert_allclose(path.coef[0], alone.coef_, rtol=1e-5)

@@ -32,6 +32,9 @@ KINDS = {  # relative eps, whether weighted, number of features that cannot chan
 }
 
 
+GIVEN_UP, MOST_GIVEN_UP = [], 10  # cases in which cvxpy finds no optimum
+
+
 def data(loss, shape, seed=0):
     """Samples; for classes two that contradict each other, so that no budget separates them."""
     rng = np.random.default_rng(seed)
@@ -78,11 +81,17 @@ def test_the_minimum_is_that_of_cvxpy_and_is_proven(loss, norm, intercept, shape
     solution = solve(problem(x, y, KINDS[kind][0], norm, loss, relative=True, **more))
     found = oracles.linear_model(x, y, solution.eps, norm, loss, **more)
     if found is None:
+        GIVEN_UP.append((loss, norm, intercept, shape, kind))
         pytest.skip("cvxpy fails")
     size = 1e-6 * max(found[2], 1e-2 * solution.start)
     assert solution.objective == pytest.approx(found[2], abs=size)
     assert solution.bound <= found[2] + 1e-9
     assert solution.gap <= max(1e-8 * solution.objective, 1e-12 * solution.start)
+
+
+def test_cvxpy_gives_an_answer_nearly_everywhere():
+    """Of the cases above; run after them."""
+    assert len(GIVEN_UP) <= MOST_GIVEN_UP, GIVEN_UP
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -270,7 +279,7 @@ def test_the_best_constant_and_its_multipliers(loss, seed, ties):
 @pytest.mark.parametrize("free", [0, 1, 2])
 def test_both_ways_to_a_newton_step_agree(loss, norm, free, monkeypatch):
     """The matrix of the columns and that of the rows are of one system."""
-    monkeypatch.setattr(_interior, "PROX", 0.0)  # of which they add different parts
+    monkeypatch.setattr(_rows, "PROX", 0.0)  # of which they add different parts
     rng = np.random.default_rng(5)
     n, d = 8, 12
     x, y = data(loss, (n, d))
@@ -344,10 +353,10 @@ HARD = {
 def test_hard_data_are_solved_and_proven(loss, norm, kind):
     x, y = data(loss, (30, 6))
     x = HARD[kind](x)
-    for relative in (0.1, 0.7):
-        solution = solve(problem(x, y, relative, norm, loss, relative=True))
+    for relative, tol in ((0.1, 1e-8), (0.7, 1e-8), (0.1, 1e-10), (0.7, 1e-10)):
+        solution = solve(problem(x, y, relative, norm, loss, relative=True), tol=tol)
         assert solution.objective <= solution.start * (1 + 1e-9)
-        assert solution.gap <= 1e-6 * solution.objective
+        assert solution.gap <= tol * solution.objective
 
 
 @pytest.mark.parametrize("kind", HARD)
@@ -359,7 +368,7 @@ def test_hard_data_without_an_attack(loss, kind):
         eps = 0.0 if scale is None else 0.1 * x.std()
         solution = solve(problem(x, y, eps, norm, loss, scale=scale))
         assert solution.objective <= solution.start * (1 + 1e-9)
-        assert solution.gap <= 1e-6 * solution.objective
+        assert solution.gap <= 1e-8 * solution.objective
 
 
 def far_off(case):
@@ -376,7 +385,7 @@ def test_columns_far_from_zero_without_an_intercept(loss, relative):
     x += 1e4 * np.arange(1, 7)
     for norm in NORMS:
         solution = solve(problem(x, y, relative, norm, loss, relative=True, intercept=False))
-        assert solution.gap <= 1e-6 * solution.objective
+        assert solution.gap <= 1e-8 * solution.objective
 
 
 @pytest.mark.parametrize("factor", [1e-9, 1e-6, 1e6, 1e9])
@@ -386,9 +395,9 @@ def test_targets_of_any_size(loss, factor):
     for norm in NORMS:
         base = solve(problem(x, y, 0.3, norm, loss, relative=True))
         solution = solve(problem(x, factor * y, 0.3, norm, loss, relative=True))
-        assert solution.gap <= 1e-6 * solution.objective
+        assert solution.gap <= 1e-8 * solution.objective
         size = factor ** (2 if loss == "squared" else 1)
-        assert solution.objective == pytest.approx(size * base.objective, rel=1e-6)
+        assert solution.objective == pytest.approx(size * base.objective, rel=1e-8)
 
 
 def test_a_zero_column_that_costs_nothing_beside_many_that_do():
@@ -408,20 +417,7 @@ def test_a_tiny_budget_lets_huber_interpolate():
     assert solution.objective <= 1e-8
 
 
-UNPROVEN = {("squared_hinge", 2, 0), ("squared_hinge", math.inf, 0)} | {
-    ("hinge", norm, 2) for norm in NORMS
-}
-
-
-@pytest.mark.parametrize(
-    ("loss", "norm", "seed"),
-    oracles.cases(
-        LOSSES,
-        NORMS,
-        [0, 2],
-        broken=lambda case: "no multipliers found that meet the conditions" * (case in UNPROVEN),
-    ),
-)
+@pytest.mark.parametrize(("loss", "norm", "seed"), list(itertools.product(LOSSES, NORMS, [0, 2])))
 def test_nothing_is_worse_than_no_feature(loss, norm, seed):
     """Even where w = 0 is best, below an eps_max that is an upper bound only."""
     shape = (12, 40)
@@ -431,7 +427,7 @@ def test_nothing_is_worse_than_no_feature(loss, norm, seed):
     for relative in (0.5, 0.9, 1.0):
         solution = solve(problem(x, y, relative, norm, loss, relative=True, **more))
         assert solution.objective <= solution.start * (1 + 1e-9)
-        assert solution.gap <= 1e-6 * solution.start
+        assert solution.gap <= 1e-8 * solution.start
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -449,7 +445,7 @@ def test_the_proof_in_classification_needs_no_more_rows_than_columns(loss, norm)
         hinge = solve(replace(task, loss=_losses.get("hinge"), known={}))
         if hinge.objective > 1e-6:  # not separable
             solution = solve(task)
-            assert solution.gap <= 1e-6 * solution.objective
+            assert solution.gap <= 1e-8 * solution.objective
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -459,8 +455,8 @@ def test_one_solution_whatever_the_units(loss, norm):
     base = solve(problem(x, y, 0.2, norm, loss))
     for factor in (1e-3, 1e3):
         other = solve(problem(factor * x, y, factor * 0.2, norm, loss))
-        np.testing.assert_allclose(factor * other.coef, base.coef, rtol=1e-3, atol=1e-4)
-        assert other.objective == pytest.approx(base.objective, rel=1e-7)
+        np.testing.assert_allclose(factor * other.coef, base.coef, rtol=1e-6, atol=1e-6)
+        assert other.objective == pytest.approx(base.objective, rel=1e-8)
         assert other.eps_max == pytest.approx(factor * base.eps_max, rel=1e-7)
 
 
@@ -496,3 +492,25 @@ def test_designs_multiply_as_their_matrix(kind, intercept, tmp_path, monkeypatch
     np.testing.assert_allclose(design.take(), matrix, atol=1e-12)
     coef, b = design.split(v)
     np.testing.assert_allclose(x @ coef + b, design.dot(v), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("loss", CLASSIFICATION)
+def test_the_proof_with_units_of_many_sizes_and_a_tiny_budget(loss, norm):
+    """Too many conditions nearly bind for least squares to meet them."""
+    for seed in (0, 4, 5, 6, 7, 14, 16, 26, 28, 51):
+        rng = np.random.default_rng(seed)
+        n, d = int(rng.integers(15, 60)), int(rng.integers(2, 12))
+        x, y = data(loss, (n, d), seed)
+        scale = 10 ** rng.uniform(-4, 4, d)
+        task = problem(x, y, 10 ** rng.uniform(-5, -3), norm, loss, scale=scale, relative=True)
+        solution = solve(task)
+        assert solution.gap <= 1e-8 * solution.objective
+
+
+def test_the_gram_matrix_in_blocks(monkeypatch):
+    rng = np.random.default_rng(0)
+    x, weight = rng.standard_normal((50, 4)), rng.uniform(0, 2, 50)
+    monkeypatch.setattr(_rows, "BLOCK", 4 * 7)
+    np.testing.assert_allclose(_rows.weighted_gram(x, weight), (x.T * weight) @ x, rtol=1e-12)
+    assert (_rows.weighted_gram(x[:0], weight[:0]) == 0).all()

@@ -241,6 +241,15 @@ def fit_linear(
     ] = False,
     test_size: Annotated[float, typer.Option(help="Share held out.", **Number)] = 0.25,
     tol: Annotated[float, typer.Option(help="Relative duality gap to reach.")] = 1e-8,
+    huber_threshold: Annotated[
+        float,
+        typer.Option(
+            help="Where the Huber loss turns linear, in robust standard deviations of the target."
+        ),
+    ] = 1.35,
+    huber_absolute: Annotated[
+        bool, typer.Option("--huber-absolute", help="--huber-threshold is in units of the target.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="File for the model, MODEL.skops.")] = None,
     seed: Seed = 0,
     quiet: Quiet = False,
@@ -262,6 +271,8 @@ def fit_linear(
         test_size=test_size,
         seed=seed,
         tol=tol,
+        huber_threshold=huber_threshold,
+        huber_relative=not huber_absolute,
     )
     if out is not None:
         linear.save(model, out)

@@ -19,7 +19,7 @@ import numpy as np
 from torch import nn
 
 import robustlearn as rl
-from robustlearn import data
+from robustlearn import data, linear
 from robustlearn.errors import InputError
 from robustlearn.evaluate import Estimate
 from robustlearn.models import Model
@@ -203,13 +203,24 @@ def _call(function: Callable[[], Any]) -> Any:
         return function()
 
 
+_OURS = frozenset(
+    f"{kind.__module__}.{kind.__qualname__}"
+    for kind in (
+        linear.AdversarialClassifier,
+        linear.AdversarialClassifierCV,
+        linear.AdversarialRegressor,
+        linear.AdversarialRegressorCV,
+    )
+)
+
+
 def _from_skops(path: Path) -> Any:
     """Load a model that holds nothing but scikit-learn's estimators and ours; no code runs."""
     import skops.io
 
     try:
         types = skops.io.get_untrusted_types(file=path)
-        ours = [name for name in types if name.startswith("robustlearn.linear.")]
+        ours = [name for name in types if name in _OURS]
         if len(ours) < len(types):
             other = ", ".join(sorted(set(types) - set(ours)))
             raise InputError(

@@ -37,6 +37,8 @@ def fitted(
     test_size: float,
     seed: int,
     tol: float,
+    huber_threshold: float,
+    huber_relative: bool,
 ) -> tuple[Any, dict[str, Any]]:
     """Return the model fitted to a part of the data, and what there is to tell of it."""
     x = dataset.x.reshape(len(dataset), -1)
@@ -49,6 +51,8 @@ def fitted(
         x, dataset.y, test_size=test_size, random_state=seed, stratify=stratify
     )
     options: dict[str, Any] = {"norm": norm, "loss": loss, "relative": relative, "tol": tol}
+    if loss == "huber":
+        options |= {"huber_threshold": huber_threshold, "huber_relative": huber_relative}
     kind = AdversarialRegressor if regression else AdversarialClassifier
     notes: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
@@ -56,6 +60,8 @@ def fitted(
         model = _pipeline(kind(eps, **options), standardize).fit(parts[0], parts[2])
     notes += [str(one.message) for one in caught]
     last = model[-1]
+    if loss == "huber":
+        notes += _all_linear(model, parts[0], parts[2])
     names = dataset.feature_names or tuple(f"x{j}" for j in range(x.shape[1]))
     return model, {
         "data": dataset.name,
@@ -66,7 +72,8 @@ def fitted(
         "train": len(parts[0]),
         "test": len(parts[1]),
         "seed": seed,
-        "eps": last.eps_,
+        "eps": float(np.max(last.eps_)),
+        **({"huber_threshold": last.huber_threshold_} if loss == "huber" else {}),
         "eps_max": last.eps_max_,
         "objective": last.objective_,
         "dual_gap": last.dual_gap_,
@@ -83,7 +90,8 @@ def _compared(model: Any, parts: list[Any], norm: float, standardize: bool) -> l
     """Return the errors of the model and of its peers on the part held out."""
     x, held, y, truth = parts
     last = model[-1]
-    rows = [{"model": type(last).__name__, **_errors(model, held, truth, last.eps_, norm)}]
+    eps = float(np.max(last.eps_))
+    rows = [{"model": type(last).__name__, **_errors(model, held, truth, eps, norm)}]
     others = (
         {"logistic regression": LogisticRegression(max_iter=1000)}
         if hasattr(last, "classes_")
@@ -93,8 +101,23 @@ def _compared(model: Any, parts: list[Any], norm: float, standardize: bool) -> l
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the peers' own convergence
             peer = _pipeline(other, standardize).fit(x, y)
-        rows.append({"model": name, **_errors(peer, held, truth, last.eps_, norm)})
+        rows.append({"model": name, **_errors(peer, held, truth, eps, norm)})
     return rows
+
+
+def _all_linear(model: Any, x: Any, y: Any) -> list[str]:
+    """Return a note if the Huber loss has no row in its quadratic part: it is an absolute loss."""
+    last = model[-1]
+    inner = model[:-1].transform(x) if len(model) > 1 else x
+    given = last.coef_, float(last.intercept_), inner, y, last.eps_, last.norm
+    heights = worst_case_loss(*given, "absolute")
+    if (heights <= last.huber_threshold_).any():
+        return []
+    return [
+        f"no training row is in the quadratic part of the Huber loss (threshold "
+        f"{last.huber_threshold_:.4g}, least |residual| + ε‖w‖ {heights.min():.4g}): it is the "
+        "absolute loss; raise --huber-threshold, or leave it in standard deviations of the target"
+    ]
 
 
 def _pipeline(estimator: Any, standardize: bool) -> Any:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from robustlearn.linear._design import Design
 from robustlearn.linear._losses import Loss
+from robustlearn.linear._norms import dual_norm
 
 Array = NDArray[np.float64]
 SLACK = 1e-14  # relative room for the rounding of the sums
@@ -47,15 +48,19 @@ def lower_bound(
     lifts : (n,) about ω·∂loss/∂c there, the a; by default those of v.
     """
     costly = (scale > 0) & (eps > 0)
-    p = {1.0: np.inf, 2.0: 2.0, np.inf: 1.0}[q]
+    p = dual_norm(q)
 
     def reach(s: Array) -> float:
         """‖Xᵀs / D‖_p / ε."""
         return float(np.linalg.norm(design.tdot(s)[costly] / scale[costly], p)) / eps
 
     if loss.classifies:
-        a = _feasible(design, y, weight, costly, scale, eps, p, loss.limit, -y * multipliers)
-        return 0.0 if a is None else max(0.0, -float(weight @ loss.conjugate(a / weight)))
+        for nearly in (NEARLY, 0.0):
+            guess = -y * multipliers
+            a = _feasible(design, y, weight, costly, scale, eps, p, loss.limit, guess, nearly)
+            if a is not None:
+                return max(0.0, -float(weight @ loss.conjugate(a / weight)))
+        return 0.0
     s = _balanced(design, weight, np.flatnonzero(~costly), multipliers)
     if np.abs(s).sum() <= NOISE * np.abs(multipliers).sum():
         return 0.0  # rounding is all that is left of them
@@ -108,48 +113,72 @@ def _feasible(
     p: float,
     limit: float,
     a: Array,
+    nearly: float,
 ) -> Array | None:
     """Return 0 ≤ a ≤ limit·ω near the given one that meets the conditions, or None.
 
-    The conditions that bind, or nearly so, are met as equations by least squares, in the room
-    that the rows have.
+    The conditions that bind, or are so near to it, are met as equations by least squares, in the
+    room that the rows have.
     """
     top = limit * weight
     a = np.clip(a, 0.0, top)
-    signed = design.take() * y[:, None]  # Xᵀ(y·a) = signedᵀa
-    free = signed[:, ~costly]
-    reached = signed[:, costly] / scale[costly]
+    unpaid_columns = np.flatnonzero(~costly)
+    free = design.pick(unpaid_columns) * y[:, None]
     sizes = np.abs(free).sum(0)
     for _ in range(TRIES):
-        pull, unpaid, allowed = a @ reached, a @ free, eps * float(a.sum()) * (1 - SLACK)
+        whole = design.tdot(y * a)  # Xᵀ(y·a)
+        pull, unpaid = whole[costly] / scale[costly], whole[~costly]
+        allowed = eps * float(a.sum()) * (1 - SLACK)
         over = float(np.linalg.norm(pull, p)) - allowed if costly.any() else 0.0
-        if over <= 0 and (np.abs(unpaid) <= SLACK * sizes * a.max(initial=0.0)).all():
+        if (
+            over <= 0
+            and np.isfinite(over)
+            and (np.abs(unpaid) <= SLACK * sizes * a.max(initial=0.0)).all()
+        ):
             return a
         matrix, wanted = free, -unpaid
-        if costly.any() and over > -NEARLY * allowed:
-            binding, gap = _binding(reached, pull, allowed, eps, p)
+        if costly.any() and over > -nearly * allowed:
+            binding, gap = _binding(design, y, costly, scale, pull, allowed, eps, p)
             matrix, wanted = np.column_stack([free, binding]), np.append(-unpaid, gap)
         root = np.sqrt(np.minimum(a, top - a))
-        change = root * np.linalg.lstsq((matrix * root[:, None]).T, wanted, rcond=None)[0]
+        matrix = matrix * root[:, None]
+        change = root * np.linalg.lstsq(matrix.T, wanted, rcond=None)[0]
         a = np.clip(a + change, 0.0, top)
     return None
 
 
 def _binding(
-    reached: Array, pull: Array, allowed: float, eps: float, p: float
+    design: Design,
+    y: Array,
+    costly: NDArray[np.bool_],
+    scale: Array,
+    pull: Array,
+    allowed: float,
+    eps: float,
+    p: float,
 ) -> tuple[Array, Array]:
     """Return the gradients (n, k) of the conditions that bind, and what they must change by.
 
     p = ∞: |pullⱼ| − ε·Σa for the largest; p = 2: their norm; p = 1: the sum of those that are not
     next to nothing, and the others, which must be nothing.
     """
+    place = np.flatnonzero(costly)
     sign, size = np.sign(pull), np.abs(pull)
+
+    def along(direction: Array) -> Array:
+        v = np.zeros(len(costly))
+        v[place] = direction / scale[place]
+        return y * design.dot(v) - eps
+
+    def single(some: NDArray[np.bool_]) -> Array:
+        return design.pick(place[some]) * y[:, None] / scale[place[some]]
+
     if p == 2:
-        one = reached @ (pull / np.linalg.norm(pull)) - eps
-        return one[:, None], np.array([allowed - np.linalg.norm(pull)]) - BEYOND * allowed
+        length = float(np.linalg.norm(pull))
+        return along(pull / length)[:, None], np.array([allowed - length - BEYOND * allowed])
     large = size >= (1 - NEARLY) * size.max() if np.isinf(p) else size > NEARLY * size.max()
     if np.isinf(p):
-        return reached[:, large] * sign[large] - eps, allowed - size[large] - BEYOND * allowed
-    whole = reached[:, large] @ sign[large] - eps
+        return single(large) * sign[large] - eps, allowed - size[large] - BEYOND * allowed
     gap = allowed - size[large].sum() - BEYOND * allowed
-    return np.column_stack([whole, reached[:, ~large]]), np.append(gap, -pull[~large])
+    whole = along(np.where(large, sign, 0.0))
+    return np.column_stack([whole, single(~large)]), np.append(gap, -pull[~large])

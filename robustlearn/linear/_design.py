@@ -2,6 +2,7 @@
 
 import mmap
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,11 +24,24 @@ class Design:
     m × m matrix a block, and later the few rows that a solver asks for by `take`. Only blocks
     are copied, so that X may be larger than memory. Columns far from zero are centred: it changes
     the intercept alone.
+
+    ``kept`` tells which rows count (all by default). Others of a file in memory are left where they
+    are, those of an array are dropped in a copy, those of a dask array by its own graph.
+
+    What a solver holds in memory is up to it: the squared loss with many rows asks by `take` for
+    rows of small residual only; the others take all rows once (`take`), as a copy with a column
+    for the intercept, or X itself where it is dense, float64, and there is neither an intercept
+    nor a shift.
     """
 
-    def __init__(self, x: Any, *, intercept: bool) -> None:
-        self.x, self.intercept = x, intercept
-        self.rows, self.features = x.shape
+    def __init__(self, x: Any, *, intercept: bool, kept: NDArray[np.bool_] | None = None) -> None:
+        whole = kept is None or bool(kept.all())
+        self.index = None if kept is None or whole or not is_mapped(x) else np.flatnonzero(kept)
+        self.x = x if whole or self.index is not None else x[kept]
+        self.intercept = intercept
+        self.rows, self.features = self.x.shape
+        if self.index is not None:
+            self.rows = len(self.index)
         self.columns = self.features + intercept
         self.shift = np.zeros(self.features)
         if intercept or is_native(x):
@@ -59,8 +73,29 @@ class Design:
         (total,) = self._summed(_tdot, s)
         return np.append(total, s.sum()) if self.intercept else total
 
+    def tdot_size(self, s: Array) -> Array:
+        """|X|ᵀ·|s|, against which the rounding of Xᵀ·s is measured."""
+        (total,) = self._summed(_tdot_size, np.abs(s))
+        return np.append(total, np.abs(s).sum()) if self.intercept else total
+
+    def pick(self, columns: NDArray[np.intp]) -> Array:
+        """Return some columns of all rows, (n, k)."""
+        inner = columns[columns < self.features]
+        picked = np.empty((self.rows, len(columns)))
+        start = 0
+        for block in self._each(partial(_picked, columns=inner.tolist())):
+            picked[start : start + len(block), columns < self.features] = block
+            start += len(block)
+        picked[:, columns >= self.features] = 1.0
+        return picked
+
     def take(self, rows: NDArray[np.intp] | None = None) -> Array:
-        """Return some rows (all by default), in their order, with all their columns."""
+        """Return some rows (all by default), in their order, with all their columns; not to change.
+
+        All rows of a dense X that needs no further column and no shift are X itself, not a copy.
+        """
+        if rows is None and self._is_taken():
+            return np.asarray(self.x)
         count = self.rows if rows is None else len(rows)
         taken = np.empty((count, self.columns))
         if rows is None:
@@ -68,10 +103,10 @@ class Design:
             for block in self._each(_itself):
                 taken[start : start + len(block), : self.features] = block
                 start += len(block)
-        elif _is_mapped(self.x):
+        elif is_mapped(self.x):
             for part in self._parts():
                 first, last = np.searchsorted(rows, [part.start, part.stop])
-                near = _rows(self.x, part)[rows[first:last] - part.start]
+                near = self._block(part)[rows[first:last] - part.start]
                 taken[first:last, : self.features] = near - self.shift
         else:
             part = self.x[rows]
@@ -105,9 +140,28 @@ class Design:
         if _is_dask(self.x):
             return _distributed(self.x, task, along, w, shift)
         return (
-            _run(task, _rows(self.x, part), [a[part] for a in along], w, shift)
+            _run(task, self._block(part), [a[part] for a in along], w, shift)
             for part in self._parts()
         )
+
+    def _is_taken(self) -> bool:
+        """Tell whether X is its own matrix in memory as it is."""
+        x = self.x
+        return (
+            isinstance(x, np.ndarray)
+            and not is_mapped(x)
+            and x.dtype == np.float64
+            and bool(x.flags.c_contiguous)
+            and not self.intercept
+            and not self.shift.any()
+        )
+
+    def _block(self, part: slice) -> Any:
+        """Return some rows, of those kept."""
+        if self.index is None:
+            return _rows(self.x, part)
+        chosen = self.index[part]
+        return _rows(self.x, slice(int(chosen[0]), int(chosen[-1]) + 1))[chosen - chosen[0]]
 
     def _parts(self) -> Iterator[slice]:
         step = max(1, BLOCK // max(1, self.features))
@@ -117,21 +171,31 @@ class Design:
 
 def is_native(x: Any) -> bool:
     """Tell what is worked on where it lies: dask arrays, torch tensors, and files in memory."""
-    return _is_dask(x) or hasattr(x, "new_tensor") or _is_mapped(x)
+    return _is_dask(x) or hasattr(x, "new_tensor") or is_mapped(x)
 
 
 def _is_dask(x: Any) -> bool:
     return hasattr(x, "dask") and hasattr(x, "to_delayed")
 
 
-def _is_mapped(x: Any) -> bool:
-    """Tell a whole `numpy.memmap` from arrays, and from parts of one."""
-    return isinstance(x, np.memmap) and isinstance(x.base, mmap.mmap) and x.flags.c_contiguous
+def is_mapped(x: Any) -> bool:
+    """Tell a whole `numpy.memmap` that its file can stand for from arrays, and parts of one.
+
+    What is written to a copy-on-write map (mode "c") is not in the file, and a map of an unnamed
+    temporary file cannot be opened again: these are sliced as arrays are.
+    """
+    return (
+        isinstance(x, np.memmap)
+        and isinstance(x.base, mmap.mmap)
+        and x.flags.c_contiguous
+        and x.mode in ("r", "r+", "w+")
+        and x.filename is not None
+    )
 
 
 def _rows(x: Any, part: slice) -> Any:
     """Return some rows; those of a file are mapped anew, so that they leave memory afterwards."""
-    if not _is_mapped(x):
+    if not is_mapped(x):
         return x[part]
     start = x.offset + part.start * x.strides[0]
     shape = (part.stop - part.start, *x.shape[1:])
@@ -200,6 +264,14 @@ def _dot(block: Any, w: Any) -> Any:
 
 def _tdot(block: Any, s: Any) -> Any:
     return (block.T @ s,)
+
+
+def _picked(block: Any, columns: list[int]) -> Any:
+    return block[:, columns]
+
+
+def _tdot_size(block: Any, s: Any) -> Any:
+    return (abs(block).T @ s,)
 
 
 def _itself(block: Any) -> Any:

@@ -41,12 +41,18 @@ class Loss(ABC):
     smooth : there is one floor, and the height lies on it.
     limit : the largest ψ'.
     knee : where a quadratic ψ turns linear.
+    power : p where ψ(t·e) = tᵖ·ψ(e), the knee scaled along; of regression.
     """
 
     classifies = False
     smooth = False
     limit = np.inf
     knee = np.inf
+    power = 0
+
+    def scaled(self, factor: float) -> "Loss":
+        """Return the loss of y / factor."""
+        return self
 
     @abstractmethod
     def value(self, e: Array) -> Array:
@@ -80,6 +86,8 @@ class Loss(ABC):
 class Squared(Loss):
     """(|z − y| + c)²."""
 
+    power = 2
+
     def value(self, e: Array) -> Array:
         return e**2
 
@@ -100,7 +108,7 @@ class Squared(Loss):
 class Absolute(Loss):
     """|z − y| + c."""
 
-    limit = 1.0
+    limit, power = 1.0, 1
 
     def value(self, e: Array) -> Array:
         return e
@@ -127,10 +135,16 @@ class Absolute(Loss):
 class Huber(Loss):
     """H_k(|z − y| + c), H_k(t) = t²/2 up to t = k, k·t − k²/2 beyond."""
 
+    power = 2
+
     def __init__(self, knee: float) -> None:
         if not (isinstance(knee, Real) and 0 < float(knee) < np.inf):
             raise InputError(f"the threshold of the Huber loss must be positive; got {knee}")
         self.knee = self.limit = float(knee)
+
+    def scaled(self, factor: float) -> "Huber":
+        """Return the loss of y / factor."""
+        return Huber(min(max(self.knee / factor, 1e-300), 1e150))
 
     def value(self, e: Array) -> Array:
         return np.where(e <= self.knee, e**2 / 2, self.knee * e - self.knee**2 / 2)

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from robustlearn.linear._cones import Orthant
+from robustlearn.linear._design import BLOCK
 from robustlearn.linear._losses import Loss
 
 Array = NDArray[np.float64]
@@ -14,6 +15,18 @@ ALMOST = 0.995  # of the way to the boundary
 PROX = 1e-8  # of a column's own curvature is added: a proximal term bends the path, not its end
 TRUST = 2.0  # how much more than foreseen a smooth loss may bend along a step
 PLAIN = 1e-3  # share of curvature above the quadratic's from which a row counts by itself
+
+
+def weighted_gram(x: Array, weight: Array) -> Array:
+    """Return XᵀΩX (m, m) in blocks of rows, of which alone there are copies."""
+    root, m = np.sqrt(weight), x.shape[1]
+    total: Array | None = None
+    step = max(1, BLOCK // max(1, m))
+    for start in range(0, len(x), step):
+        scaled = x[start : start + step] * root[start : start + step, None]
+        part = scaled.T @ scaled
+        total = part if total is None else np.add(total, part, out=total)
+    return np.zeros((m, m)) if total is None else total
 
 
 class Heights:
@@ -188,6 +201,9 @@ class Rows:
     @cached_property
     def wide(self) -> Array:
         """The penalised columns."""
+        first = len(self.penalised)
+        if first and self.penalised[-1] == first - 1:  # a view
+            return self.x[:, :first]
         return self.x[:, self.penalised]
 
     @cached_property
@@ -231,8 +247,7 @@ class Rows:
         h[:m, m] = self.x.T @ (zz * lean)
         h[m, m] = zz @ lean**2
         if self.rest is None:
-            scaled = self.x * np.sqrt(zz)[:, None]
-            h[:m, :m] = scaled.T @ scaled
+            h[:m, :m] = weighted_gram(self.x, zz)
         else:
             extra = zz - 2 * self.weight
             part = np.flatnonzero(extra > PLAIN * self.weight)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import scipy.linalg as sla
@@ -12,13 +13,18 @@ from robustlearn.linear._design import Design
 from robustlearn.linear._interior import minimise
 from robustlearn.linear._losses import Squared
 from robustlearn.linear._margin import margin_left, widest
+from robustlearn.linear._norms import dual_norm
 from robustlearn.linear._problem import Found, Problem
 from robustlearn.linear._rounds import FEW, INSIDE, interior_rounds, newton_rounds
-from robustlearn.linear._rows import Rows
+from robustlearn.linear._rows import Rows, weighted_gram
+from robustlearn.linear._units import Units, normalised, tamed
 
 Array = NDArray[np.float64]
 DUST = 1e-7  # of the largest coefficient
 NOTHING = 1e-12  # a loss that is none
+ASIDE = (1e-9, 1e-8, 1e-6, 1e-4, 1e-2)  # shares of eps
+CANCELLED = 1e-15  # of the sum of sizes: a sum that is rounding
+NEGLIGIBLE = 1e-14  # gap, in losses of the best model without features, that is none
 WELL = 1e-4  # ratio of the pivots from which Cholesky's factor is as good as that of QR
 
 
@@ -28,35 +34,91 @@ class Solution:
 
     Attributes
     ----------
-    coef : (d,); intercept : float.
-    objective : (1/Σω)·Σ ωᵢ·lossᵢ, the worst case at eps.
-    bound : no model of this kind has a smaller objective.
-    found : what the method left, among it the multipliers that prove the bound.
+    columns : (m,) the model in the columns of the design, ``inner_objective``, ``inner_bound`` and
+        ``inner_start`` (of the best model that uses no feature in reach): in the solver's units of
+        y, with ``units`` back to the user's, in which the properties are.
+    found : what the method left, in the solver's units, among it the multipliers of the bound.
     eps_max : from there on no feature that the attack reaches is used. Exact where the best model
         without them has only one set of multipliers, an upper bound for the absolute and the
         hinge loss.
     eps : the budget that was used.
-    start : the objective of the best model that uses no feature in reach.
     """
 
-    coef: Array
-    intercept: float
-    objective: float
-    bound: float
+    design: Design
+    units: Units
+    columns: Array
+    inner_objective: float
+    inner_bound: float
+    inner_start: float
     found: Found
     eps: float
     eps_max: float
-    start: float
+
+    @cached_property
+    def _model(self) -> tuple[Array, float]:
+        return self.units.model(*self.design.split(self.columns))
+
+    @property
+    def coef(self) -> Array:
+        """w, (d,)."""
+        return self._model[0]
+
+    @property
+    def intercept(self) -> float:
+        """b."""
+        return self._model[1]
+
+    @property
+    def objective(self) -> float:
+        """(1/Σω)·Σ ωᵢ·lossᵢ, the worst case at eps."""
+        return self.units.value(self.inner_objective)
+
+    @property
+    def bound(self) -> float:
+        """No model of this kind has a smaller objective."""
+        return self.units.value(self.inner_bound)
+
+    @property
+    def start(self) -> float:
+        """The objective of the best model that uses no feature in reach."""
+        return self.units.value(self.inner_start)
+
+    @property
+    def gap(self) -> float:
+        """objective − bound; its size where it is `contradicted`: no more is known then."""
+        return self.units.value(self._gap)
+
+    @property
+    def _gap(self) -> float:
+        difference = self.inner_objective - self.inner_bound
+        return -difference if self.contradicted else max(difference, 0.0)
+
+    @property
+    def contradicted(self) -> bool:
+        """Whether the bound exceeds the objective by more than rounding: one of them is wrong."""
+        excess = self.inner_bound - self.inner_objective
+        return excess > 1e-11 * self.inner_objective and excess > NEGLIGIBLE * self.inner_start
 
     @property
     def steps(self) -> int:
         """Newton steps."""
         return self.found.steps
 
+    def proven(self, tol: float) -> bool:
+        """Tell whether the objective is proven to within ``tol`` of itself, or is next to none."""
+        near = self._gap <= max(tol * self.inner_objective, NEGLIGIBLE * self.inner_start)
+        return near and not self.contradicted
+
     @property
-    def gap(self) -> float:
-        """objective − bound."""
-        return max(self.objective - self.bound, 0.0)
+    def unheld(self) -> bool:
+        """Whether the objective is too large or too small for the user's units."""
+        value = self.objective
+        return bool(np.isinf(value)) or (value == 0 and self.inner_objective > 0)
+
+    @property
+    def vanishing(self) -> bool:
+        """Whether next to nothing is left of the loss."""
+        return self.inner_objective < 1e-3 * self.inner_start
 
 
 def solve(
@@ -66,6 +128,37 @@ def solve(
 
     ``near`` may be what was found at a neighbouring eps.
     """
+    units, inner = _normalised(problem)
+    task, ratio = inner.once("tamed", lambda: tamed(inner))
+    task = replace(task, eps=problem.eps, relative=problem.relative)
+    solution = _solved(task, units, tol, max_iter, near)
+    if task.loss is inner.loss:
+        return solution
+    true = replace(inner, eps=solution.eps, relative=False)
+    total = float(inner.weight.sum())
+    return replace(
+        solution,
+        inner_objective=true.objective(solution.columns) / total,
+        inner_bound=ratio * solution.inner_bound,
+        inner_start=true.objective(without(task)[0]) / total,
+    )
+
+
+def edge(problem: Problem) -> float:
+    """Return ε_max, from which on no feature in reach is used."""
+    _, inner = _normalised(problem)
+    task, _ = inner.once("tamed", lambda: tamed(inner))
+    return without(task)[2]
+
+
+def _normalised(problem: Problem) -> tuple[Units, Problem]:
+    return problem.once("normalised", lambda: normalised(problem))
+
+
+def _solved(
+    problem: Problem, units: Units, tol: float, max_iter: int, near: Found | None
+) -> Solution:
+    """Solve in the units that the problem has."""
     v, multipliers, eps_max = without(problem)
     found = Found(v, multipliers, 0)
     if problem.relative:
@@ -80,22 +173,41 @@ def solve(
             v = widest(problem, v, tol)
     bound = problem.bound(v, found.multipliers, found.lifts) if found.bound is None else found.bound
     value = problem.objective(v)
+    attacked = problem.loss.classifies and len(problem.penalised) > 0
+    if bound <= 0 and attacked and margin_left(problem, v) <= 0:
+        bound = _aside(problem, tol, max_iter, value)
     if value >= start * total:  # nothing gained: no feature at all, with its proof
         v, multipliers, _ = without(problem)
         bound, value = max(bound, problem.bound(v, multipliers)), start * total
     if problem.q == 1:
         v, value = _cleared(problem, v, value, tol)
-    coef, intercept = problem.design.split(v)
     return Solution(
-        coef,
-        intercept,
+        problem.design,
+        units,
+        v,
         value / total,
         bound / total,
+        start,
         found,
         problem.eps,
         eps_max,
-        start,
     )
+
+
+def _aside(problem: Problem, tol: float, max_iter: int, value: float) -> float:
+    """Return the bound by the multipliers of slightly smaller budgets, which have room to spare.
+
+    Those of eps(1 − δ) meet the conditions of eps with a share δ left, in which what least squares
+    or rounding leave undone disappears; the bound is lower by about that share.
+    """
+    best = 0.0
+    for share in ASIDE:
+        near = replace(problem, eps=problem.eps * (1 - share))
+        found = _method(near)(near, tol, max_iter, None)
+        best = max(best, problem.bound(found.v, found.multipliers, found.lifts))
+        if best >= value * (1 - 10 * share):
+            break
+    return best
 
 
 def _cleared(problem: Problem, v: Array, value: float, tol: float) -> tuple[Array, float]:
@@ -139,8 +251,11 @@ def _without(problem: Problem) -> tuple[Array, Array, float]:
     a = np.abs(multipliers)
     if not problem.loss.classifies:
         a = np.maximum(a, weight * problem.loss.slope(np.abs(design.dot(v) - y)))
-    p = {1.0: np.inf, 2.0: 2.0, np.inf: 1.0}[problem.q]
+    p = dual_norm(problem.q)
     pull = float(np.linalg.norm(design.tdot(multipliers)[costly] / scale[costly], p))
+    if not isinstance(problem.loss, Squared):  # multipliers that cancel leave rounding
+        most = design.tdot_size(multipliers)[costly] / scale[costly]
+        pull = pull if pull > CANCELLED * float(np.linalg.norm(most, p)) else 0.0
     return v, multipliers, pull / float(a.sum()) if a.any() else 0.0
 
 
@@ -182,12 +297,12 @@ def _at_once(problem: Problem, tol: float, max_iter: int, near: Found | None) ->
 def _start(problem: Problem, x: Array) -> Array:
     """Ridge regression, its penalty matched to the norm's."""
     n, m = x.shape
-    heavy = x * problem.weight[:, None]
-    ridge = 1e-9 * np.einsum("ij,ij->j", heavy, x)
+    weight = problem.weight
+    ridge = 1e-9 * np.einsum("ij,ij,i->j", x, x, weight)
     ridge[problem.penalised] *= 1e8
     ridge[ridge == 0] = 1.0  # columns of zeros
     if m <= n:
-        return definite(heavy.T @ x + np.diag(ridge), heavy.T @ problem.y)
+        return definite(weighted_gram(x, weight) + np.diag(ridge), x.T @ (weight * problem.y))
     scaled = x / ridge
     kernel = scaled @ x.T + np.diag(1 / problem.weight)
     return scaled.T @ definite(kernel, problem.y)

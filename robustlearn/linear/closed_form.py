@@ -8,27 +8,13 @@ from numpy.typing import NDArray
 from scipy.optimize import linprog
 from sklearn.utils.validation import check_array, check_X_y
 
-from robustlearn._affine import affine, final_step
+from robustlearn._affine import affine, final_step, pieces
 from robustlearn.errors import InputError
 from robustlearn.linear import _losses
+from robustlearn.linear._norms import dual_norm
 
 Array = NDArray[np.float64]
-
-
-def dual_norm(norm: Any) -> float:
-    """Return q with 1/p + 1/q = 1 for the norm p = 1, 2 or ∞ of an attack."""
-    known: dict[Any, float] = {1: np.inf, 2: 2.0, np.inf: 1.0, "inf": 1.0}
-    try:
-        return known[norm]
-    except (KeyError, TypeError):
-        raise InputError(
-            f"norm must be 1, 2 or inf (the norm of the attack); got {norm!r}"
-        ) from None
-
-
-def attack_norm(q: float) -> float:
-    """Return the p that belongs to q."""
-    return {1.0: np.inf, 2.0: 2.0, np.inf: 1.0}[q]
+ROUNDING = 4 * float(np.finfo(np.float64).eps)  # of a mean taken off
 
 
 def units(feature_scale: Any, features: int) -> Array:
@@ -157,7 +143,8 @@ def certified_radius(estimator: Any, X: Any, norm: Any = 2, *, feature_scale: An
 
     Raises
     ------
-    InputError for a regressor, and for what is not known to be affine, naming it.
+    InputError for a regressor, for what is not known to be affine, naming it, and for columns of X
+    that have other names, or another order, than the first step was fitted with.
 
     Examples
     --------
@@ -169,6 +156,7 @@ def certified_radius(estimator: Any, X: Any, norm: Any = 2, *, feature_scale: An
     if not hasattr(final_step(estimator), "classes_"):
         raise InputError("a radius is of a classifier; `worst_case_loss` is for regressors")
     model = affine(estimator)
+    _check_names(pieces(estimator)[0], X)
     X = check_array(X, dtype=np.float64)
     if X.shape[1] != model.weight.shape[1]:
         raise InputError(f"X has {X.shape[1]} features; the model {model.weight.shape[1]}")
@@ -185,6 +173,17 @@ def certified_radius(estimator: Any, X: Any, norm: Any = 2, *, feature_scale: An
         rival = (predicted != j) & (reach > 0)
         radius[rival] = np.minimum(radius[rival], margin[rival] / reach[rival])
     return radius
+
+
+def _check_names(first: Any, X: Any) -> None:
+    """Refuse named columns that are not those of the fit, in their order."""
+    expected = getattr(first, "feature_names_in_", None)
+    if expected is None or not hasattr(X, "columns") or list(X.columns) == list(expected):
+        return
+    raise InputError(
+        f"the columns of X are {', '.join(map(str, X.columns))}; {type(first).__name__} was fitted "
+        f"with {', '.join(map(str, expected))}, in this order"
+    )
 
 
 def eps_max(
@@ -208,7 +207,7 @@ def eps_max(
     total = float(np.abs(y).sum())
     if total == 0:
         return 0.0
-    return float(np.linalg.norm(X.T @ y / scale, attack_norm(dual_norm(norm)))) / total
+    return float(np.linalg.norm(X.T @ y / scale, dual_norm(dual_norm(norm)))) / total
 
 
 def interpolation_threshold(X: Any, y: Any, norm: Any = 2, *, fit_intercept: bool = True) -> float:
@@ -220,52 +219,66 @@ def interpolation_threshold(X: Any, y: Any, norm: Any = 2, *, fit_intercept: boo
 
     Returns
     -------
-    0 where no linear model interpolates; ∞ where y is constant (zero without an intercept).
+    0 where no linear model interpolates; ∞ where y is constant (zero without an intercept). Data
+    far from the origin are centred first; digits that they have lost by then count for nothing.
+
+    Raises
+    ------
+    RuntimeError where no method solves a linear program.
     """
     X, y = check_X_y(X, y, dtype=np.float64, y_numeric=True)
     q = dual_norm(norm)
-    columns = np.column_stack([X, np.ones(len(y))]) if fit_intercept else X
-    fit = np.linalg.lstsq(columns, y, rcond=None)[0]
-    if np.abs(columns @ fit - y).max() > 1e-8 * max(np.abs(y).max(), 1e-300):
-        return 0.0
-    if np.abs(y - (y.mean() if fit_intercept else 0.0)).max() == 0:
-        return np.inf
+    noise = ROUNDING * float(np.abs(X).max()), ROUNDING * float(np.abs(y).max())
     if fit_intercept:
         X, y = X - X.mean(0), y - y.mean()
-    size = float(np.abs(X).max())
-    X, y = X / size, y / np.abs(y).max()
-    alpha = (
-        _least_euclidean(X, y, fit_intercept) if q == 2 else _least_linear(X, y, q, fit_intercept)
-    )
+    peak, size = float(np.abs(y).max()), float(np.abs(X).max())
+    if peak <= noise[1]:
+        return np.inf
+    if size <= noise[0]:
+        return 0.0
+    X, y = X / size, y / peak
+    left, values, right = np.linalg.svd(X, full_matrices=False)
+    # rounding before X was centred is no rank: its norm is about noise·(√n + √d)
+    least = max(1e-10 * values[0], noise[0] / size * sum(np.sqrt(X.shape)))
+    left, values, right = (part[values > least] for part in (left.T, values, right))
+    inside = left @ y
+    if np.abs(y - left.T @ inside).max() > max(1e-8, noise[1] / peak):
+        return 0.0
+    if q == 2:  # Xᵀα = w/‖w‖: the optima differ by the null space of Xᵀ
+        length = np.linalg.norm(inside / values)
+        alpha = _smallest_peak(left, inside / values**2 / length, fit_intercept)
+    else:
+        alpha = _least_linear((left.T * values) @ right, y, q, fit_intercept)
     return size / (len(y) * alpha)
 
 
-def _least_euclidean(X: Array, y: Array, intercept: bool) -> float:
-    """min ‖α‖_∞ over the dual optima for p = 2: one solution, and the null space of Xᵀ."""
-    w = np.linalg.lstsq(X, y, rcond=None)[0]
-    # Xᵀα = w/‖w‖: the optima differ by the null space of Xᵀ
-    return _smallest_peak(X.T, w / np.linalg.norm(w), intercept)
-
-
 def _smallest_peak(matrix: Array, right: Array, balanced: bool) -> float:
-    """min ‖α‖_∞ subject to matrix·α = right (and Σα = 0)."""
+    """min ‖α‖_∞ subject to matrix·α = right, its rows orthonormal (and Σα = 0)."""
     n = matrix.shape[1]
+    size = np.abs(matrix.T @ right).max()  # of the shortest solution
+    if len(matrix) + balanced >= n:
+        return float(size)
     if balanced:
-        matrix, right = np.vstack([matrix, np.ones(n)]), np.append(right, 0.0)
-    size = np.abs(np.linalg.lstsq(matrix, right, rcond=None)[0]).max()
-    turned, _, _ = np.linalg.svd(matrix, full_matrices=False)
-    rank = np.linalg.matrix_rank(matrix, rtol=1e-10)
-    equal, value = turned[:, :rank].T @ matrix, turned[:, :rank].T @ right / size
+        matrix, right = np.vstack([matrix, np.full(n, n**-0.5)]), np.append(right, 0.0)
     both = np.eye(n)
-    found = linprog(
+    found = _program(
         np.append(np.zeros(n), 1.0),
         A_ub=np.block([[both, -np.ones((n, 1))], [-both, -np.ones((n, 1))]]),
         b_ub=np.zeros(2 * n),
-        A_eq=np.column_stack([equal, np.zeros(rank)]),
-        b_eq=value,
+        A_eq=np.column_stack([matrix, np.zeros(len(matrix))]),
+        b_eq=right / size,
         bounds=[(None, None)] * n + [(0, None)],
     )
-    return float(found.fun) * float(size) if found.status == 0 else float(size)
+    return found * float(size)
+
+
+def _program(cost: Array, **conditions: Any) -> float:
+    """Return the least value of a linear program, by whichever method solves it."""
+    for method in ("highs", "highs-ds", "highs-ipm"):
+        found = linprog(cost, method=method, **conditions)
+        if found.status == 0:
+            return float(found.fun)
+    raise RuntimeError(f"a linear program of the interpolation threshold failed: {found.message}")
 
 
 def _least_linear(X: Array, y: Array, q: float, intercept: bool) -> float:
@@ -284,7 +297,7 @@ def _least_linear(X: Array, y: Array, q: float, intercept: bool) -> float:
     equal = [np.concatenate([np.ones(n), np.zeros(d)])] if intercept else []
     gain = np.concatenate([y, np.zeros(d)])
     bounds = [(None, None)] * n + [(0, None)] * d
-    best = linprog(
+    value = -_program(
         -gain,
         A_ub=low,
         b_ub=limit,
@@ -292,7 +305,6 @@ def _least_linear(X: Array, y: Array, q: float, intercept: bool) -> float:
         b_eq=[0.0] if equal else None,
         bounds=bounds,
     )
-    value = -float(best.fun)
     peak = np.column_stack([np.eye(n), np.zeros((n, d)), -np.ones(n)])
     rows = np.vstack(
         [
@@ -304,7 +316,7 @@ def _least_linear(X: Array, y: Array, q: float, intercept: bool) -> float:
     )
     right = np.concatenate([limit, np.zeros(2 * n), [-value * (1 - 1e-10)]])
     fixed = [np.append(row, 0.0) for row in equal]
-    found = linprog(
+    return _program(
         np.append(np.zeros(n + d), 1.0),
         A_ub=rows,
         b_ub=right,
@@ -312,7 +324,6 @@ def _least_linear(X: Array, y: Array, q: float, intercept: bool) -> float:
         b_eq=[0.0] if fixed else None,
         bounds=[*bounds, (0, None)],
     )
-    return float(found.fun)
 
 
 def _samples(X: Any, y: Any, w: Any) -> tuple[Array, Array, Array]:
@@ -323,8 +334,8 @@ def _samples(X: Any, y: Any, w: Any) -> tuple[Array, Array, Array]:
     return X, y, w
 
 
-def budget(eps: Any) -> float:
+def budget(eps: Any, name: str = "eps") -> float:
     """Return eps as a number, checked."""
     if isinstance(eps, bool) or not isinstance(eps, Real) or not 0 <= float(eps) < np.inf:
-        raise InputError(f"eps must be finite and not negative; got {eps!r}")
+        raise InputError(f"{name} must be finite and not negative; got {eps!r}")
     return float(eps)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +16,6 @@ from robustlearn.errors import InputError
 from robustlearn.linear._results import Comparison, Row
 from robustlearn.linear.closed_form import worst_case_input, worst_case_loss
 from robustlearn.linear.estimators import AdversarialRegressor
-
-if TYPE_CHECKING:
-    pass
 
 Array = NDArray[np.float64]
 Pair = tuple[Array, Array]

@@ -1,22 +1,24 @@
 """Linear models trained for the worst case, as scikit-learn estimators with a certified gap."""
 
-import warnings
+from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 
 from robustlearn.errors import InputError
 from robustlearn.linear import _losses
 from robustlearn.linear._design import Design, is_native
+from robustlearn.linear._norms import dual_norm
 from robustlearn.linear._problem import Problem
+from robustlearn.linear._report import doubts, tell, tell_range
 from robustlearn.linear._solve import Solution, solve
-from robustlearn.linear.closed_form import budget, dual_norm, units
+from robustlearn.linear._units import robust_scale
+from robustlearn.linear.closed_form import budget, units
 
 Array = NDArray[np.float64]
 
@@ -29,35 +31,55 @@ class _Adversarial(BaseEstimator):
         tags.input_tags.sparse = True
         return tags
 
-    def _problem(self, X: Any, y: Array, weight: Array, loss: Any) -> Problem:
-        """Return the problem at eps, which may be relative to eps_max."""
-        eps = budget(self.eps)
-        if not (isinstance(self.tol, Real) and 0 < float(self.tol) < 1):
-            raise InputError(f"tol, the relative gap, lies between 0 and 1; got {self.tol!r}")
-        if not (isinstance(self.max_iter, Integral) and int(self.max_iter) >= 1):
-            raise InputError(f"max_iter must be a whole number from 1 up; got {self.max_iter!r}")
-        design = Design(X, intercept=bool(self.fit_intercept))
+    def _problem(
+        self, X: Any, y: Array, weight: Array, loss: Any, kept: NDArray[np.bool_]
+    ) -> Problem:
+        """Return the problem at eps, which may be relative to eps_max, of the rows kept."""
+        eps, relative = budget(self.eps), flag("relative", self.relative)
+        accuracy(self.tol, self.max_iter)
+        design = Design(X, intercept=bool(self.fit_intercept), kept=kept)
         scale = units(self.feature_scale, X.shape[1])
         scale = np.append(scale, np.zeros(design.columns - len(scale)))
         q = dual_norm(self.norm)
-        return Problem(design, y, weight, scale, eps, q, loss, relative=self.relative)
+        return Problem(design, y[kept], weight[kept], scale, eps, q, loss, relative=relative)
 
-    def _solved(self, problem: Problem) -> Solution:
-        solution = solve(problem, tol=self.tol, max_iter=self.max_iter)
-        if solution.gap > self.tol * solution.objective and solution.gap > 1e-14 * solution.start:
-            reason = (
-                "the classes are separable at this eps, so that no minimum is attained; use a "
-                "larger eps"
-                if problem.loss.classifies and solution.objective < 1e-3 * solution.start
-                else "raise max_iter or tol, or scale the features"
-            )
-            warnings.warn(
-                f"{type(self).__name__}: the objective {solution.objective:.6g} is proven to "
-                f"within {solution.gap:.2g}, not to {self.tol:g} of itself: {reason}",
-                ConvergenceWarning,
-                stacklevel=4,
-            )
-        return solution
+    def _told(self, problems: Iterable[Problem], *, quiet: bool) -> list[Solution]:
+        """Solve, and warn of what is not proven."""
+        found = [solve(one, tol=self.tol, max_iter=self.max_iter) for one in problems]
+        if not quiet:
+            name, classifies = type(self).__name__, hasattr(self, "classes_")
+            tell(name, doubts(found, self.tol, classifies=classifies), self.tol, len(found))
+            tell_range(name, found)
+        return found
+
+
+def accuracy(tol: Any, max_iter: Any) -> None:
+    """Check the tolerance and the number of steps."""
+    if isinstance(tol, bool) or not (isinstance(tol, Real) and 0 < float(tol) < 1):
+        raise InputError(f"tol, the relative gap, lies between 0 and 1; got {tol!r}")
+    if isinstance(max_iter, bool) or not (isinstance(max_iter, Integral) and int(max_iter) >= 1):
+        raise InputError(f"max_iter must be a whole number from 1 up; got {max_iter!r}")
+
+
+def flag(name: str, value: Any) -> bool:
+    """Return a yes or no, checked."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise InputError(f"{name} must be True or False; got {value!r}")
+    return bool(value)
+
+
+def regression_loss(
+    name: Any, threshold: Any, relative: Any, y: Array, weight: Array, *, intercept: bool
+) -> _losses.Loss:
+    """Return the loss, a ``relative`` threshold of Huber's in robust standard deviations of y."""
+    loss = _losses.get(name, threshold)
+    if loss.classifies:
+        raise InputError(f"the {name} loss is for AdversarialClassifier and its CV")
+    if flag("huber_relative", relative) and isinstance(loss, _losses.Huber):
+        kept = weight > 0
+        size = robust_scale(y[kept], weight[kept], intercept=intercept)
+        return _losses.get(name, float(threshold) * size)
+    return loss
 
 
 def checked(estimator: Any, X: Any, y: Any, **options: Any) -> tuple[Any, NDArray[Any]]:
@@ -77,6 +99,8 @@ def checked(estimator: Any, X: Any, y: Any, **options: Any) -> tuple[Any, NDArra
     if y.dtype.kind == "f" and not np.isfinite(y).all():
         raise InputError("y holds NaN or infinity")
     estimator.n_features_in_ = int(X.shape[1])
+    if hasattr(estimator, "feature_names_in_"):  # of an earlier fit
+        del estimator.feature_names_in_
     return X, y
 
 
@@ -107,9 +131,9 @@ def weights(sample_weight: Any, n: int) -> Array:
     return weight
 
 
-def signs_of(y: NDArray[Any]) -> tuple[NDArray[Any], list[Array]]:
-    """Return the classes and ±1 for each model: one for two classes, else one a class."""
-    classes = np.unique(y)
+def signs_of(y: NDArray[Any], weight: Array) -> tuple[NDArray[Any], list[Array]]:
+    """Return the classes of weight and ±1 for each model: one for two classes, else one a class."""
+    classes = np.unique(y[weight > 0])
     if len(classes) < 2:
         raise InputError(
             f"a classifier needs samples of at least 2 classes; y holds only 1 class, "
@@ -138,6 +162,9 @@ class AdversarialRegressor(RegressorMixin, _Adversarial):
     feature_scale : (d,) D: the unit in which the change of each feature is counted, 0 for a feature
         that cannot change; 1 by default.
     huber_threshold : k of the Huber loss, in units of y.
+    huber_relative : whether ``huber_threshold`` is in robust standard deviations of y instead,
+        1.4826·median |y − median(y)| (|y| without an intercept). In units of y a threshold far
+        below the residuals makes the Huber loss an absolute loss.
     tol : relative duality gap to reach.
     max_iter : most Newton steps of one run.
 
@@ -148,15 +175,39 @@ class AdversarialRegressor(RegressorMixin, _Adversarial):
     dual_gap_ : objective_ minus a proven lower bound of what any w, b can have.
     eps_ : the ε that was used; eps_max_ : the ε from which on w = 0 is best (exact, but an upper
         bound for the absolute loss).
+    huber_threshold_ : k as it was used, in units of y; only with the Huber loss.
     n_iter_ : Newton steps.
 
     Raises
     ------
     ValueError for a negative eps, another norm or loss, or data that do not fit. A gap above
-    ``tol`` is a `ConvergenceWarning`.
+    ``tol`` is a `ConvergenceWarning`, one that float64 cannot hold a `RuntimeWarning`.
 
     Notes
     -----
+    y is centred and scaled before it is solved for, X centred where it is far from zero; objective
+    and gap are in the user's units.
+
+    Where X lies: a `numpy.memmap` (a whole one, mode "r", "r+" or "w+") is read in blocks; a
+    `dask.array` is worked on where its blocks lie, a torch tensor on its device.
+
+    ====================================== ====================================================
+    loss                                   what is held in this process, or goes over the wire
+    ====================================== ====================================================
+    squared, n > 6·(d + 1)                 in each pass a vector of d columns to the workers and
+                                           one number a row back; once XᵀX, d² numbers a block;
+                                           rows of small residual, at most the larger of 15% (no
+                                           more than 200,000) and 6·(d + 1) in the first round
+    squared, fewer rows, or eps = 0;       all of X, once, as float64: dask and torch data are
+    absolute, huber; classification        copied to the memory of this process. Then one more
+                                           copy of X at most while Newton's matrix is formed, if
+                                           there are fewer rows than columns, and some
+                                           20 numbers a row
+    ====================================== ====================================================
+
+    The graph of a dask array is computed anew in each pass, some twenty of them: ``persist`` it
+    first. Rows of zero weight stay in a file; of other arrays a copy without them is made.
+
     The objective is not least squares plus a penalty, and not Huber's loss: (|r| + c)² has a kink
     at 0 and quadratic tails. Source of the problem: Ribeiro, Zachariah, Bach and Schön (2023).
 
@@ -179,6 +230,7 @@ class AdversarialRegressor(RegressorMixin, _Adversarial):
         fit_intercept: bool = True,
         feature_scale: Any = None,
         huber_threshold: float = 1.35,
+        huber_relative: bool = False,
         tol: float = 1e-8,
         max_iter: int = 100,
     ) -> None:
@@ -189,6 +241,7 @@ class AdversarialRegressor(RegressorMixin, _Adversarial):
         self.fit_intercept = fit_intercept
         self.feature_scale = feature_scale
         self.huber_threshold = huber_threshold
+        self.huber_relative = huber_relative
         self.tol = tol
         self.max_iter = max_iter
 
@@ -197,18 +250,32 @@ class AdversarialRegressor(RegressorMixin, _Adversarial):
         X, y = checked(self, X, y, y_numeric=True)
         y = np.asarray(y, dtype=np.float64)
         weight = weights(sample_weight, len(y))
-        loss = _losses.get(self.loss, self.huber_threshold)
-        if loss.classifies:
-            raise InputError(f"the {self.loss} loss is for AdversarialClassifier")
-        kept = weight > 0
-        if not kept.all():
-            X, y, weight = X[kept], y[kept], weight[kept]
-        solution = self._solved(self._problem(X, y, weight, loss))
+        loss = regression_loss(
+            self.loss,
+            self.huber_threshold,
+            self.huber_relative,
+            y,
+            weight,
+            intercept=bool(self.fit_intercept),
+        )
+        self._fitted(X, y, weight, loss)
+        return self
+
+    def _fitted(
+        self, X: Any, y: Array, weight: Array, loss: _losses.Loss, *, quiet: bool = False
+    ) -> list[Solution]:
+        """Fit to what has been checked, and return the solution."""
+        problem = self._problem(X, y, weight, loss, weight > 0)
+        (solution,) = found = self._told([problem], quiet=quiet)
         self.coef_, self.intercept_ = solution.coef, solution.intercept
         self.objective_, self.dual_gap_ = solution.objective, solution.gap
         self.eps_, self.eps_max_ = solution.eps, solution.eps_max
         self.n_iter_ = solution.steps
-        return self
+        if isinstance(loss, _losses.Huber):
+            self.huber_threshold_ = loss.knee
+        elif hasattr(self, "huber_threshold_"):
+            del self.huber_threshold_
+        return found
 
     def predict(self, X: Any) -> Array:
         """Return wᵀx + b, (n,)."""
@@ -236,13 +303,19 @@ class AdversarialClassifier(ClassifierMixin, _Adversarial):
     classes_ : (K,).
     coef_ : (1, d) or (K, d); intercept_ : (1,) or (K,).
     objective_, dual_gap_ : as for `AdversarialRegressor`, summed over the K models.
-    eps_, eps_max_ : of the models, the largest of them (for the hinge an upper bound).
+    eps_ : the ε that was used; (K,), one a model, if ``relative`` and K > 2, because each has its
+        own eps_max. eps_max_ : the largest of the models (for the hinge an upper bound).
     n_iter_ : the largest number of Newton steps.
 
     Raises
     ------
     ValueError as for `AdversarialRegressor`. Where the classes are separable at ε no minimum is
-    attained; a `ConvergenceWarning` says so.
+    attained; a `ConvergenceWarning` says so, one for all K models.
+
+    Notes
+    -----
+    All of X is held in this process, once a model, as for the losses other than the squared one of
+    `AdversarialRegressor`: dask and torch data are copied to host memory.
 
     Examples
     --------
@@ -283,19 +356,32 @@ class AdversarialClassifier(ClassifierMixin, _Adversarial):
         loss = _losses.get(self.loss)
         if not loss.classifies:
             raise InputError(f"the {self.loss} loss is for AdversarialRegressor")
-        kept = weight > 0
-        if not kept.all():
-            X, y, weight = X[kept], y[kept], weight[kept]
-        self.classes_, signs = signs_of(y)
-        found = [self._solved(self._problem(X, one, weight, loss)) for one in signs]
+        self._fitted(X, y, weight, loss)
+        return self
+
+    def _fitted(
+        self,
+        X: Any,
+        y: NDArray[Any],
+        weight: Array,
+        loss: _losses.Loss,
+        *,
+        quiet: bool = False,
+    ) -> list[Solution]:
+        """Fit to what has been checked, and return the solutions."""
+        self.classes_, signs = signs_of(y, weight)
+        found = self._told(
+            (self._problem(X, one, weight, loss, weight > 0) for one in signs), quiet=quiet
+        )
         self.coef_ = np.stack([one.coef for one in found])
         self.intercept_ = np.array([one.intercept for one in found])
         self.objective_ = sum(one.objective for one in found)
         self.dual_gap_ = sum(one.gap for one in found)
-        self.eps_ = max(one.eps for one in found)
+        budgets = np.array([one.eps for one in found])
+        self.eps_ = budgets if self.relative and len(found) > 1 else float(budgets[0])
         self.eps_max_ = max(one.eps_max for one in found)
         self.n_iter_ = max(one.steps for one in found)
-        return self
+        return found
 
     def decision_function(self, X: Any) -> Array:
         """Return wᵀx + b, (n,) for two classes, (n, K) for more."""

@@ -1,19 +1,22 @@
 """Many budgets: the path of models over ε."""
 
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.utils.validation import check_array, check_X_y
+from sklearn.utils.validation import check_X_y
 
 from robustlearn.errors import InputError
 from robustlearn.linear import _losses
 from robustlearn.linear._design import Design
+from robustlearn.linear._norms import dual_norm
 from robustlearn.linear._problem import Found, Problem
-from robustlearn.linear._solve import Solution, solve, without
-from robustlearn.linear.closed_form import dual_norm, units
-from robustlearn.linear.estimators import weights
+from robustlearn.linear._report import doubts, tell, tell_range
+from robustlearn.linear._solve import Solution, edge, solve
+from robustlearn.linear.closed_form import units
+from robustlearn.linear.estimators import accuracy, regression_loss, weights
 
 Array = NDArray[np.float64]
 
@@ -64,8 +67,10 @@ def regularization_path(
     fit_intercept: bool = True,
     feature_scale: Any = None,
     huber_threshold: float = 1.35,
+    huber_relative: bool = False,
     sample_weight: Any = None,
     tol: float = 1e-8,
+    max_iter: int = 100,
 ) -> Path:
     """Solve min over (w, b) of the mean worst-case loss for many budgets, the largest first.
 
@@ -77,9 +82,16 @@ def regularization_path(
     X : (n, d), dense or sparse; y : (n,), for the classification losses two classes.
     eps : (k,) budgets; by default ``n_eps`` from ε_max down to ``shortest`` of it, evenly in the
         logarithm.
-    norm, loss, fit_intercept, feature_scale, huber_threshold, tol : as for
-        `AdversarialRegressor`.
+    shortest : share of ε_max, above 0 and at most 1; n_eps : whole number from 1 up.
+    norm, loss, fit_intercept, feature_scale, huber_threshold, huber_relative, tol, max_iter : as
+        for `AdversarialRegressor`.
     sample_weight : (n,) not negative.
+
+    Raises
+    ------
+    InputError for parameters out of their range, more classes than two, and where no feature is of
+    any use (a constant y), unless ``eps`` is given. Gaps above ``tol`` are one
+    `ConvergenceWarning`.
 
     Examples
     --------
@@ -89,24 +101,26 @@ def regularization_path(
     >>> path.coef.shape, bool((path.gap <= 1e-8 * path.objective).all())
     ((5, 10), True)
     """
+    accuracy(tol, max_iter)
     chosen = _losses.get(loss, huber_threshold)
     X, y = check_X_y(X, y, accept_sparse="csr", dtype=np.float64, y_numeric=not chosen.classifies)
+    weight = weights(sample_weight, len(y))
+    kept = weight > 0
     if chosen.classifies:
-        classes = np.unique(y)
+        classes = np.unique(y[kept])
         if len(classes) != 2:
             raise InputError(f"the path of a classifier is for two classes; y holds {len(classes)}")
         y = np.where(y == classes[1], 1.0, -1.0)
-    weight = weights(sample_weight, len(y))
-    kept = weight > 0
-    problem = prepared(X[kept], y[kept], weight[kept], chosen, norm, fit_intercept, feature_scale)
-    *_, largest = without(problem)
-    if eps is None:
-        budgets = np.geomspace(largest, shortest * largest, n_eps)
     else:
-        budgets = np.sort(check_array(eps, ensure_2d=False, dtype=np.float64).ravel())[::-1]
-        if budgets[-1] < 0:
-            raise InputError("eps must not be negative")
-    found = solutions(problem, budgets, tol)
+        threshold = huber_threshold, huber_relative
+        chosen = regression_loss(loss, *threshold, y, weight, intercept=bool(fit_intercept))
+    problem = prepared(X, y, weight, chosen, norm, fit_intercept, feature_scale, kept)
+    largest = edge(problem)
+    budgets = grid(eps, n_eps, shortest, largest)
+    found = solutions(problem, budgets, tol, max_iter)
+    doubtful = doubts(found, tol, classifies=chosen.classifies)
+    tell("regularization_path", doubtful, tol, len(found))
+    tell_range("regularization_path", found)
     return Path(
         budgets,
         largest,
@@ -118,12 +132,38 @@ def regularization_path(
     )
 
 
-def solutions(problem: Problem, budgets: Array, tol: float) -> list[Solution]:
+def grid(eps: Any, n_eps: Any, shortest: Any, largest: float) -> Array:
+    """Return falling budgets: those given, or ``n_eps`` from the largest that matters down."""
+    if isinstance(n_eps, bool) or not (isinstance(n_eps, Integral) and int(n_eps) >= 1):
+        raise InputError(f"n_eps must be a whole number from 1 up; got {n_eps!r}")
+    if isinstance(shortest, bool) or not (isinstance(shortest, Real) and 0 < float(shortest) <= 1):
+        raise InputError(
+            f"shortest, a share of eps_max, lies above 0 and up to 1; got {shortest!r}"
+        )
+    if eps is None:
+        if not largest > 0:
+            raise InputError(
+                "no feature is of any use (is y constant, or X zero?), so that there is no eps_max "
+                "to start from; give eps"
+            )
+        return np.geomspace(largest, float(shortest) * largest, int(n_eps))
+    try:
+        budgets = np.sort(np.asarray(eps, dtype=np.float64).ravel())[::-1]
+    except (TypeError, ValueError):
+        raise InputError(f"eps must hold numbers; got {eps!r}") from None
+    if not (len(budgets) and np.isfinite(budgets).all() and (budgets >= 0).all()):
+        raise InputError(
+            f"eps must hold at least one budget, all finite, and must not be negative; got {eps!r}"
+        )
+    return budgets
+
+
+def solutions(problem: Problem, budgets: Array, tol: float, max_iter: int) -> list[Solution]:
     """Solve at falling budgets, each from its neighbour."""
     found: list[Solution] = []
     near: Found | None = None
     for eps in budgets:
-        one = solve(replace(problem, eps=float(eps)), tol=tol, near=near)
+        one = solve(replace(problem, eps=float(eps)), tol=tol, max_iter=max_iter, near=near)
         near = one.found if one.coef.any() else None
         found.append(one)
     return found
@@ -137,9 +177,10 @@ def prepared(
     norm: Any,
     fit_intercept: bool,
     feature_scale: Any,
+    kept: NDArray[np.bool_],
 ) -> Problem:
-    """Return the problem of arrays that have been checked, at eps = 0."""
-    design = Design(X, intercept=fit_intercept)
+    """Return the problem of the rows kept of arrays that have been checked, at eps = 0."""
+    design = Design(X, intercept=bool(fit_intercept), kept=kept)
     scale = units(feature_scale, X.shape[1])
     scale = np.append(scale, np.zeros(design.columns - len(scale)))
-    return Problem(design, y, weight, scale, 0.0, dual_norm(norm), loss)
+    return Problem(design, y[kept], weight[kept], scale, 0.0, dual_norm(norm), loss)

@@ -12,19 +12,22 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from robustlearn.errors import InputError
 from robustlearn.linear import _losses
 from robustlearn.linear._problem import Problem
-from robustlearn.linear._solve import without
-from robustlearn.linear.closed_form import units
+from robustlearn.linear._report import Doubt, doubts, tell, tell_range
+from robustlearn.linear._solve import edge
+from robustlearn.linear.closed_form import budget, units
 from robustlearn.linear.estimators import (
     AdversarialClassifier,
     AdversarialRegressor,
+    accuracy,
+    regression_loss,
     signs_of,
     weights,
 )
-from robustlearn.linear.path import prepared, solutions
+from robustlearn.linear.path import grid, prepared, solutions
 
 Array = NDArray[np.float64]
 FLOATS = [np.float64, np.float32]
-PASSED_ON = ("norm", "loss", "fit_intercept", "feature_scale", "tol")
+PASSED_ON = ("norm", "loss", "fit_intercept", "feature_scale", "tol", "max_iter")
 
 
 class _Search(BaseEstimator):
@@ -51,35 +54,35 @@ class _Search(BaseEstimator):
 
     def _choose(self, X: Any, y: Any, weight: Array, signs: list[Array], loss: Any) -> float:
         """Return the best eps; ``signs`` are the targets of the models, one or one a class."""
+        accuracy(self.tol, self.max_iter)
+        attack = budget(self.attack_eps, "attack_eps")
         everything = np.arange(len(y))
-        largest = max(without(self._prepared(X, one, weight, loss, everything))[2] for one in signs)
-        if self.eps is not None:
-            grid = np.sort(np.asarray(self.eps, dtype=np.float64).ravel())[::-1]
-        elif largest > 0:
-            grid = np.geomspace(largest, self.shortest * largest, self.n_eps)
-        else:
-            grid = np.zeros(1)
-        if not (len(grid) and (grid >= 0).all()):
-            raise InputError("eps must hold at least one budget, and none that is negative")
+        largest = max(edge(self._prepared(X, one, weight, loss, everything)) for one in signs)
+        given = np.zeros(1) if self.eps is None and not largest > 0 else self.eps
+        self.eps_path_ = grid(given, self.n_eps, self.shortest, largest)
         if len(y) < 2:
             raise InputError("cross-validation needs more than 1 sample")
         folds = check_cv(self.cv, y, classifier=loss.classifies)
-        self.eps_path_ = grid
-        self.loss_path_ = np.stack(
-            [
-                self._held_out(X, weight, signs, loss, grid, train, test)
-                for train, test in folds.split(X, y)
-            ],
-            axis=1,
-        )
-        return float(grid[self.loss_path_.mean(1).argmin()])
+        self._doubts: list[Doubt] = []
+        self._solved = 0
+        losses = [
+            self._held_out(X, weight, signs, loss, attack, train, test)
+            for train, test in folds.split(X, y)
+        ]
+        self.loss_path_ = np.stack(losses, axis=1)
+        if not np.isfinite(self.loss_path_).all():
+            raise InputError(
+                "a loss held out is not a finite number: scale the target and the features"
+            )
+        return float(self.eps_path_[self.loss_path_.mean(1).argmin()])
 
     def _prepared(
         self, X: Any, y: Array, weight: Array, loss: Any, part: NDArray[np.intp]
     ) -> Problem:
         part = part[weight[part] > 0]
         given = self.norm, self.fit_intercept, self.feature_scale
-        return prepared(X[part], y[part], weight[part], loss, *given)
+        kept = np.ones(len(part), dtype=bool)
+        return prepared(X[part], y[part], weight[part], loss, *given, kept)
 
     def _held_out(
         self,
@@ -87,23 +90,48 @@ class _Search(BaseEstimator):
         weight: Array,
         signs: list[Array],
         loss: Any,
-        grid: Array,
+        attack: float,
         train: NDArray[np.intp],
         test: NDArray[np.intp],
     ) -> Array:
         """Return the mean worst-case loss on a fold at ``attack_eps`` for each budget."""
-        total = np.zeros(len(grid))
+        train, test = np.arange(len(weight))[train], np.arange(len(weight))[test]
+        train, test = train[weight[train] > 0], test[weight[test] > 0]
+        if not (len(train) and len(test)):
+            raise InputError(
+                "the samples of a part of the cross-validation have no weight; use fewer folds, or "
+                "shuffle"
+            )
+        total = np.zeros(len(self.eps_path_))
         reach = units(self.feature_scale, X.shape[1])
         for one in signs:
             if loss.classifies and len(np.unique(one[train])) < 2:
-                raise InputError("a fold of the cross-validation lacks a class; use fewer folds")
+                raise InputError(
+                    "a fold of the cross-validation lacks a class (of positive weight); use fewer "
+                    "folds"
+                )
             problem = self._prepared(X, one, weight, loss, train)
-            for k, found in enumerate(solutions(problem, grid, self.tol)):
-                c = self.attack_eps * np.linalg.norm(reach * found.coef, problem.q)
-                z = X[test] @ found.coef + found.intercept
-                value = loss.value(loss.height(np.asarray(z), float(c), one[test]))
-                total[k] += np.average(value, weights=weight[test]) if weight[test].any() else 0.0
+            found = solutions(problem, self.eps_path_, self.tol, self.max_iter)
+            self._doubts += doubts(found, self.tol, classifies=loss.classifies)
+            self._solved += len(found)
+            for k, model in enumerate(found):
+                with np.errstate(over="ignore", invalid="ignore"):  # told by who asks
+                    c = attack * np.linalg.norm(reach * model.coef, problem.q)
+                    z = X[test] @ model.coef + model.intercept
+                    value = loss.value(loss.height(np.asarray(z), float(c), one[test]))
+                    total[k] += np.average(value, weights=weight[test])
         return total
+
+    def _finish(self, best: Any, X: Any, y: Any, weight: Array, loss: Any) -> None:
+        """Fit the best model to all data, and warn once of all that is not proven."""
+        best.n_features_in_ = X.shape[1]
+        found = best._fitted(X, y, weight, loss, quiet=True)
+        self._doubts += doubts(found, self.tol, classifies=loss.classifies)
+        name = type(self).__name__
+        tell(name, self._doubts, self.tol, self._solved + len(found))
+        tell_range(name, found)
+        del self._doubts, self._solved
+        self._keep(best)
 
 
 class AdversarialRegressorCV(RegressorMixin, _Search):
@@ -117,14 +145,20 @@ class AdversarialRegressorCV(RegressorMixin, _Search):
     eps : budgets to try; by default ``n_eps`` from ε_max down to ``shortest`` of it.
     attack_eps : the budget at which the part held out is attacked; 0 measures the clean loss.
     cv : folds, as scikit-learn has it; 5 by default.
-    norm, loss, fit_intercept, feature_scale, huber_threshold, tol : as for
-        `AdversarialRegressor`.
+    norm, loss, fit_intercept, feature_scale, huber_threshold, huber_relative, tol, max_iter : as
+        for `AdversarialRegressor`; a relative threshold counts in the scale of all of y.
 
     Attributes
     ----------
     eps_path_ : (k,); loss_path_ : (k, folds) the held-out losses.
     best_ : the `AdversarialRegressor` at the best ε, fitted to all data; its attributes are found
         here too.
+
+    Raises
+    ------
+    InputError for parameters out of their range, and where a part of the cross-validation has no
+    weight, or lacks a class. Gaps above ``tol``, in the folds or at the end, are one
+    `ConvergenceWarning`.
 
     Examples
     --------
@@ -148,7 +182,9 @@ class AdversarialRegressorCV(RegressorMixin, _Search):
         fit_intercept: bool = True,
         feature_scale: Any = None,
         huber_threshold: float = 1.35,
+        huber_relative: bool = False,
         tol: float = 1e-8,
+        max_iter: int = 100,
     ) -> None:
         self.eps = eps
         self.n_eps = n_eps
@@ -160,19 +196,21 @@ class AdversarialRegressorCV(RegressorMixin, _Search):
         self.fit_intercept = fit_intercept
         self.feature_scale = feature_scale
         self.huber_threshold = huber_threshold
+        self.huber_relative = huber_relative
         self.tol = tol
+        self.max_iter = max_iter
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "AdversarialRegressorCV":
         """Choose ε and fit to all of X (n, d) and y (n,)."""
         X, y = validate_data(self, X, y, accept_sparse="csr", y_numeric=True, dtype=FLOATS)
         y = np.asarray(y, dtype=np.float64)
         weight = weights(sample_weight, len(y))
-        loss = _losses.get(self.loss, self.huber_threshold)
-        if loss.classifies:
-            raise InputError(f"the {self.loss} loss is for AdversarialClassifierCV")
+        threshold = self.huber_threshold, self.huber_relative
+        loss = regression_loss(self.loss, *threshold, y, weight, intercept=bool(self.fit_intercept))
         eps = self._choose(X, y, weight, [y], loss)
-        same = {name: getattr(self, name) for name in (*PASSED_ON, "huber_threshold")}
-        self._keep(AdversarialRegressor(eps, **same).fit(X, y, weight))
+        names = (*PASSED_ON, "huber_threshold", "huber_relative")
+        same = {name: getattr(self, name) for name in names}
+        self._finish(AdversarialRegressor(eps, **same), X, y, weight, loss)
         return self
 
     def predict(self, X: Any) -> Array:
@@ -192,7 +230,7 @@ class AdversarialClassifierCV(ClassifierMixin, _Search):
     Parameters
     ----------
     eps, n_eps, shortest, attack_eps, cv : as for `AdversarialRegressorCV`.
-    norm, loss, fit_intercept, feature_scale, tol : as for `AdversarialClassifier`.
+    norm, loss, fit_intercept, feature_scale, tol, max_iter : as for `AdversarialClassifier`.
 
     Attributes
     ----------
@@ -200,11 +238,18 @@ class AdversarialClassifierCV(ClassifierMixin, _Search):
     best_ : the `AdversarialClassifier` at the best ε, fitted to all data; its attributes are found
         here too.
 
+    Raises
+    ------
+    InputError for parameters out of their range, and where a part of the cross-validation has no
+    weight, or lacks a class. Gaps above ``tol``, in the folds or at the end, are one
+    `ConvergenceWarning`.
+
     Examples
     --------
     >>> from sklearn.datasets import load_breast_cancer
     >>> X, y = load_breast_cancer(return_X_y=True)
-    >>> search = AdversarialClassifierCV(n_eps=4, cv=3).fit((X - X.mean(0)) / X.std(0), y)
+    >>> search = AdversarialClassifierCV(n_eps=4, shortest=0.1, cv=3)
+    >>> search = search.fit((X - X.mean(0)) / X.std(0), y)
     >>> search.loss_path_.shape
     (4, 3)
     """
@@ -222,6 +267,7 @@ class AdversarialClassifierCV(ClassifierMixin, _Search):
         fit_intercept: bool = True,
         feature_scale: Any = None,
         tol: float = 1e-8,
+        max_iter: int = 100,
     ) -> None:
         self.eps = eps
         self.n_eps = n_eps
@@ -233,6 +279,7 @@ class AdversarialClassifierCV(ClassifierMixin, _Search):
         self.fit_intercept = fit_intercept
         self.feature_scale = feature_scale
         self.tol = tol
+        self.max_iter = max_iter
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> "AdversarialClassifierCV":
         """Choose ε and fit to all of X (n, d) and labels y (n,)."""
@@ -242,10 +289,10 @@ class AdversarialClassifierCV(ClassifierMixin, _Search):
         loss = _losses.get(self.loss)
         if not loss.classifies:
             raise InputError(f"the {self.loss} loss is for AdversarialRegressorCV")
-        self.classes_, signs = signs_of(y)
+        self.classes_, signs = signs_of(y, weight)
         eps = self._choose(X, y, weight, signs, loss)
         same = {name: getattr(self, name) for name in PASSED_ON}
-        self._keep(AdversarialClassifier(eps, **same).fit(X, y, weight))
+        self._finish(AdversarialClassifier(eps, **same), X, y, weight, loss)
         return self
 
     def decision_function(self, X: Any) -> Array:
