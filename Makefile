@@ -8,7 +8,7 @@ demo: .venv/installed
 	$(BIN)/robustlearn demo --out robustness-report
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: .venv/installed
 	$(BIN)/ruff check .
