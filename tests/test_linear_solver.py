@@ -32,7 +32,7 @@ KINDS = {  # relative eps, whether weighted, number of features that cannot chan
 }
 
 
-GIVEN_UP, MOST_GIVEN_UP = [], 10  # cases in which cvxpy finds no optimum
+GIVEN_UP, MOST_GIVEN_UP = [], 3  # cases in which cvxpy finds no optimum
 
 
 def data(loss, shape, seed=0):

@@ -199,10 +199,10 @@ class AdversarialRegressor(RegressorMixin, _Adversarial):
                                            rows of small residual, at most the larger of 15% (no
                                            more than 200,000) and 6·(d + 1) in the first round
     squared, fewer rows, or eps = 0;       all of X, once, as float64: dask and torch data are
-    absolute, huber; classification        copied to the memory of this process. Then one more
-                                           copy of X at most while Newton's matrix is formed, if
-                                           there are fewer rows than columns, and some
-                                           20 numbers a row
+    absolute, huber; classification        copied to the memory of this process, arrays too
+                                           if there is an intercept. Besides 20 (logistic) to
+                                           60 (huber) numbers a row, some blocks of 32 MiB,
+                                           and, with fewer rows than columns, more copies of X
     ====================================== ====================================================
 
     The graph of a dask array is computed anew in each pass, some twenty of them: ``persist`` it
