@@ -32,8 +32,8 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
         raise InputError(f"{path} is not a report of robustlearn ({SCHEMA})")
     evaluations = document.get("evaluations")
-    whole = isinstance(evaluations, list) and len(evaluations) > 0
-    if not whole or any(not isinstance(e, dict) or NEEDED - e.keys() for e in evaluations):
+    listed = evaluations if isinstance(evaluations, list) else []
+    if not listed or any(not isinstance(e, dict) or NEEDED - e.keys() for e in listed):
         raise InputError(f"{path} is damaged: an evaluation in it lacks parts")
     return document
 
