@@ -17,6 +17,11 @@ from robustlearn.certify import CERTIFICATES
 from robustlearn.models import Expectation, Guided
 
 CLASSES = (2, 3, 10)
+GAINS = {  # of the logits, by classes: all with three, and the hardest with many
+    2: ((1, torch.float32),),
+    3: ((0.1, torch.float64), (1, torch.float32), (100, torch.float32)),
+    10: ((100, torch.float32),),
+}
 
 
 def linear_problem(seed, p, classes, gain, n=24, d=24, dtype=torch.float64):
@@ -68,7 +73,7 @@ def test_every_adversarial_example_of_a_linear_model_is_found(name, p):
         pytest.skip("steps of fixed length end in a corner for p = inf only")
     for classes in CLASSES:
         attack, options = EVERYTHING[name](classes)
-        for gain, dtype in ((0.1, torch.float64), (1, torch.float32), (100, torch.float32)):
+        for gain, dtype in GAINS[classes]:
             seed = 7 * classes + int(gain)
             model, x, y, exact = linear_problem(seed, p, classes, gain, dtype=dtype)
             x_adv = attack(model, x, y, scaled(exact, 1.02), **options)
@@ -513,6 +518,7 @@ def test_apgd_and_pgd_agree_on_networks_of_others(zoo, data_folder, name, eps):
         return int((model(attack(model, x, y, threat, steps=40, **given)).argmax(1) == y).sum())
 
     ours = standing(pgd)
-    assert abs(standing(apgd) - ours) <= 3
-    assert abs(standing(apgd, precision="bfloat16") - standing(apgd)) <= 1
-    assert standing(apgd, targets=9) <= standing(apgd)
+    theirs = standing(apgd)
+    assert abs(theirs - ours) <= 3
+    assert abs(standing(apgd, precision="bfloat16") - theirs) <= 1
+    assert standing(apgd, targets=9) <= theirs
