@@ -22,4 +22,6 @@ def test_a_quick_run(name, tmp_path):
     assert rows
     about = json.loads(out.with_suffix(".json").read_text())
     assert {"command", "commit", "versions", "processor", "threads", "seed"} <= set(about)
-    assert all(float(row.get("seconds", row.get("cpu_seconds"))) > 0 for row in rows)
+    times = [row.get("seconds") or row.get("cpu_seconds") for row in rows]
+    assert any(times)  # tables of counts alone have none
+    assert all(float(time) > 0 for time in times if time)

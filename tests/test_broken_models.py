@@ -104,7 +104,7 @@ def test_a_detached_input_is_told_and_scores_still_work(net, test):
     assert any("no gradient flows" in note for note in report.notes)
     assert report.attacked.value < report.clean.value
     skipped = {run.name for run in report.attacks if run.skipped}
-    assert {"fgsm", "pgd:steps=20"} <= skipped
+    assert {"pgd:steps=25", "fmn:steps=20"} <= skipped
 
 
 def test_nan_for_some_inputs(net, test):
