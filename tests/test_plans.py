@@ -470,9 +470,8 @@ def test_no_verdict_where_the_checks_know_no_norm(x, y, p):
 def test_a_binary_network_is_not_suspicious_for_want_of_a_third_class(x, y, monkeypatch):
     checks = ["enough_classes_for_dlr", "gradient_available"]
     monkeypatch.setattr(ensemble, "diagnose", lambda *a, **k: diagnose(*a, **k, checks=checks))
-    report = rl.evaluate(
-        Hidden(), x[:3], y[:3], rl.LpBall(2, 0.01), attacks="apgd:loss=dlr:steps=5"
-    )
+    monkeypatch.setitem(PRESETS, "small", (Step("apgd", {"loss": "dlr", "steps": 5}),))
+    report = rl.evaluate(Hidden(), x[:3], y[:3], rl.LpBall(2, 0.01), attacks="small")
     assert report.verdict["trustworthy"] is True
     assert run_of(report, "apgd").name == "apgd:loss=margin:steps=5"
 
