@@ -78,16 +78,9 @@ class Counted(nn.Module):
 def main() -> None:
     """Measure, print the tables, write the rows."""
     given = recording.arguments(__doc__.split("\n", 1)[0], tables=len(TABLES), threads=1)
-    rows: list[Row] = []
-    for number, (measured, shown) in TABLES.items():
-        if given.table in (None, number):
-            mine = [{"table": number, **row} for row in measured(given.full, given.seed)]
-            rows += mine
-            if mine:
-                shown(mine)
+    rows = recording.measured(TABLES, given)
     if rows:
-        keys = list(dict.fromkeys(key for row in rows for key in row))
-        recording.save([{key: row.get(key) for key in keys} for row in rows], given)
+        recording.save(rows, given)
 
 
 # Networks and samples
@@ -530,7 +523,7 @@ def draw(title: str, columns: tuple[str, ...], lines: list[tuple[Any, ...]]) -> 
 
 
 COSTS = ("forwards", "gradients")
-TABLES: dict[int, tuple[Callable[[bool, int], Iterator[Row]], Callable[[list[Row]], None]]] = {
+TABLES: recording.Tables = {
     1: (against_autoattack, show_against),
     2: (verified, show_verified),
     3: (single_attacks, show_singles),

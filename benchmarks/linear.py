@@ -122,14 +122,8 @@ Method = Callable[[Cell, Reference], Fit]
 def main() -> None:
     """Measure, print the tables, write the rows."""
     given = recording.arguments(__doc__.split("\n", 1)[0], tables=len(TABLES), threads=1)
-    rows: list[Row] = []
     with threadpool_limits(given.threads):
-        for number, (measured, shown) in TABLES.items():
-            if given.table in (None, number):
-                mine = [{"table": number, **row} for row in measured(given.full, given.seed)]
-                rows += mine
-                if mine:
-                    shown(mine)
+        rows = recording.measured(TABLES, given)
     if rows:
         show_warnings(rows)
         recording.save(rows, given)
@@ -628,7 +622,7 @@ def show_warnings(rows: list[Row]) -> None:
         draw("Warnings and failures", ("table", "method", "runs", "the first"), lines)
 
 
-TABLES: dict[int, tuple[Callable[..., Iterator[Row]], Callable[[list[Row]], None]]] = {
+TABLES: recording.Tables = {
     1: (regression, show_regression),
     2: (general_solver, show_beside("2. Squared loss, beside a general solver")),
     3: (published, show_beside("3. Squared loss, beside the published algorithm, to 1e-10")),

@@ -8,12 +8,18 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+# a table's number, how its rows are measured (in full?, seed) and how they are shown
+Tables = dict[
+    int,
+    tuple[Callable[[bool, int], Iterable[dict[str, Any]]], Callable[[list[dict[str, Any]]], None]],
+]
 PACKAGES = (
     "robustlearn",
     "torch",
@@ -45,13 +51,26 @@ def arguments(description: str, *, tables: int = 0, threads: int = 2) -> argpars
     return given
 
 
+def measured(tables: Tables, given: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure and print the tables that are asked for; return their rows."""
+    rows: list[dict[str, Any]] = []
+    for number, (measure, show) in tables.items():
+        if given.table in (None, number):
+            mine = [{"table": number, **row} for row in measure(given.full, given.seed)]
+            rows += mine
+            if mine:
+                show(mine)
+    return rows
+
+
 def save(rows: list[dict[str, Any]], given: argparse.Namespace) -> None:
     """Write the rows and a JSON file with commit, versions, hardware, seed and command."""
     if given.out is None:
         return
     given.out.parent.mkdir(parents=True, exist_ok=True)
     with given.out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        columns = dict.fromkeys(key for row in rows for key in row)
+        writer = csv.DictWriter(file, list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     about = {

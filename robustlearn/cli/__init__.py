@@ -294,7 +294,7 @@ def plant(
     attack: Annotated[
         str, typer.Option(help="What is tested: NAME, or NAME:option=value.")
     ] = "pgd",
-    features: Annotated[
+    head_reads: Annotated[
         str, typer.Option(help="What the planted head reads: auto, outputs or 'last linear'.")
     ] = "auto",
     tests: Annotated[int, typer.Option(min=1, help="Samples that are tested.")] = 32,
@@ -321,7 +321,7 @@ def plant(
             samples,
             threat,
             attack=attack,
-            features=features,
+            features=head_reads,
             tests=tests,
             verdict=verdict,
             seed=seed,

@@ -111,17 +111,16 @@ def show_comparison(result: dict[str, Any], out: Path | None) -> None:
         console.print(Text(f"page: {out}"))
 
 
-def attack_rows() -> list[dict[str, str]]:
+def attack_rows() -> list[dict[str, Any]]:
     """Return name, needs, norms and summary of each attack."""
     from robustlearn.attacks import ATTACKS
 
     return [
-        {"name": name, **{k: str(v) for k, v in entry.facts.items()}, "summary": entry.summary}
-        for name, entry in ATTACKS.items()
+        {"name": name, **entry.facts, "summary": entry.summary} for name, entry in ATTACKS.items()
     ]
 
 
-def show_attacks(rows: list[dict[str, str]]) -> None:
+def show_attacks(rows: list[dict[str, Any]]) -> None:
     """Print the attacks and the presets."""
     from robustlearn.evaluate import PRESETS, plan
 

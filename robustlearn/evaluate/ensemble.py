@@ -11,22 +11,21 @@ import torch
 from torch import Tensor
 
 from robustlearn import _tensor, losses
-from robustlearn._tensor import per_sample
 from robustlearn.attacks import ATTACKS, unsuitable
 from robustlearn.certify import CERTIFICATES, Certificate, applicable
 from robustlearn.certify import certify as prove
-from robustlearn.errors import ContradictionError, InputError, ModelError
+from robustlearn.errors import InputError, ModelError
 from robustlearn.evaluate import inputs
 from robustlearn.evaluate.diagnostics import Verdict, diagnose
 from robustlearn.evaluate.harness import Harness, Progress, Tally, attacked
+from robustlearn.evaluate.knowledge import Knowledge
 from robustlearn.evaluate.plans import HALVINGS, PRESETS, Budget, Step, plan
-from robustlearn.evaluate.results import AttackRun, Audit, Estimate, Report, Sample
+from robustlearn.evaluate.results import AttackRun, Audit, Report
 from robustlearn.evaluate.state import State
 from robustlearn.models import labels as labels_of
 from robustlearn.models import wrap
 from robustlearn.threats import LpBall
 
-SHRINKS = 8  # halvings of the segment from a sample to its adversarial example
 NEAR = 4  # one sample of so many is near the boundary
 PROBED = 64  # samples that the verdict looks at
 AUDITED = 64  # samples of an audit; twice as many or fewer are all attacked
@@ -129,7 +128,7 @@ def evaluate(
 
 
 class _Evaluation:
-    """What is known about every sample while the attacks run."""
+    """The attacks of a plan, one after the other, on what each of them is for."""
 
     def __init__(
         self,
@@ -147,23 +146,17 @@ class _Evaluation:
         self.explicit, self.budget, self.nearest = explicit, budget, nearest
         self.spent = Budget(0, 0)
         self.climbed = False  # whether an attack by gradient has run
+        self.suspicious = False  # whether a diagnosis has failed on the way
         self.notes: list[str] = []
         self.broke: dict[str, Tensor] = {}
         self.verdict: Verdict | None = None
-        clean = harness.outputs("clean", self.x)
-        self.clean = inputs.finite(self.model, clean)
-        self.value = harness.loss(self.clean, self.y)  # margin, or squared error
-        self.worst = self.value.clone()
-        self.right = ~harness.loss.broken(self.clean, self.y)
-        self.x_adv = self.x.clone()
-        self.broken_by: list[str | None] = [None] * len(self.x)
-        self.standing = self.right.clone()
+        self.known = Knowledge(harness)
         features = math.prod(self.x.shape[1:])
         halvings = HALVINGS if self.threat.p else features.bit_length()
         self.sizes = (int(self.model.num_classes or 2), halvings)  # what a step's cost depends on
         self.state = None
         if resume is not None:
-            self.state = State(Path(resume), self._question(), self.clean.numpy())
+            self.state = State(Path(resume), self._question(), self.known.clean.numpy())
 
     def report(
         self, data: str, classes: Sequence[str] | None, names: tuple[str, ...] | None
@@ -179,12 +172,12 @@ class _Evaluation:
         if not self.explicit and self.model.task == "classification":
             steps = [step.defined(self.sizes[0]) for step in steps]
         runs = [self._attack(step, usable) for step in steps]
-        self._shrink()
-        self._check(certificate)
+        self.known.shrink()
+        self.known.check(certificate)
         verdict = self._verdict(certificate)
-        predictions = self._predictions()
-        found, proven = self._totals(certificate)
-        if not any(run.attempted for run in runs) and bool(self.standing.any()):
+        predictions = self.known.predictions()
+        found, proven = self.known.totals(certificate)
+        if not any(run.attempted for run in runs) and bool(self.known.standing.any()):
             self.notes.append(
                 "no attack ran on this model and threat: the attacked figure is only the clean one"
             )
@@ -197,18 +190,18 @@ class _Evaluation:
             data=data,
             task=str(self.model.task),
             threat={**self.threat.describe(), "text": str(self.threat)},
-            clean=self._estimate(self.right, self.value),
+            clean=self.known.estimate(self.known.right, self.known.value),
             attacked=found,
             certified=proven,
             certificate=about,
-            samples=self._samples(certificate, predictions),
+            samples=self.known.samples(certificate, predictions),
             attacks=tuple(runs),
             verdict=verdict,
             notes=tuple(dict.fromkeys([*self.model.notes, *self.notes])),
             seed=self.harness.seed,
             environment=inputs.environment(self.model),
             x=self.x.numpy(),
-            x_adv=self.x_adv.numpy(),
+            x_adv=self.known.x_adv.numpy(),
             predictions=predictions,
             classes=None if named is None else tuple(str(name) for name in named),
             feature_names=names,
@@ -230,7 +223,7 @@ class _Evaluation:
         }
 
     def _look_at_the_output(self) -> None:
-        if len(self.x) > 1 and bool((self.clean == self.clean[:1]).all()):
+        if len(self.x) > 1 and bool((self.known.clean == self.known.clean[:1]).all()):
             self.notes.append("the model gives the same output for every sample")
 
     def _certify(self) -> tuple[Certificate | None, dict[str, Any]]:
@@ -247,7 +240,7 @@ class _Evaluation:
                 self.model,
                 self.x,
                 self.threat,
-                y=self._named(self.y.numpy()),
+                y=self.known.named(self.y.numpy()),
                 method=self.method,
             )
             self.harness.progress("certificate", len(self.x), len(self.x))
@@ -258,7 +251,7 @@ class _Evaluation:
         """Return why gradients cannot be used, after looking at a few."""
         if not self.model.differentiable:
             return None
-        some = self.right.nonzero().squeeze(1)[: min(64, self.harness.batch_size)]
+        some = self.known.right.nonzero().squeeze(1)[: min(64, self.harness.batch_size)]
         if len(some) == 0:
             return None
 
@@ -299,17 +292,17 @@ class _Evaluation:
             self.notes.append(
                 f"the budget {self.budget} shortens {step.label} to {affordable.label}"
             )
-        standing = self.standing.clone()
+        standing = self.known.standing.clone()
         if len(rows):
             self.spent = self.spent.plus(affordable.cost(*self.sizes))
         tally = Tally()
         self._run(affordable, affordable.label, rows, tally)
         rest = self._rest(affordable, rows)
-        if len(rest) and bool((standing & ~self.standing).any()):
+        if len(rest) and bool((standing & ~self.known.standing).any()):
             self._run(affordable, f"{affordable.label}-rest", rest, tally)
             rows, rest = torch.cat([rows, rest]), rest[:0]
         self.climbed |= step.needs == "gradient"
-        self.broke[affordable.label] = standing & ~self.standing
+        self.broke[affordable.label] = standing & ~self.known.standing
         if bool(self.broke[affordable.label].any()):
             self.verdict = None  # there is more to judge by
         return AttackRun(
@@ -340,20 +333,20 @@ class _Evaluation:
         for batch, x_adv in attacked(
             self.harness, stage, function, step.options, rows, self.state, tally
         ):
-            self._keep(step.label, batch, x_adv, tally)
+            self.known.keep(step.label, batch, x_adv, tally)
 
     def _chosen(self, step: Step) -> Tensor:
         """Return the samples that a step works on: what stands, and of that its scope."""
         every = self.nearest and ATTACKS[step.name].facts["minimal"]
-        standing = self.right if every else self.standing
+        standing = self.known.right if every else self.known.standing
         if self.broke:  # one attack has met the certified samples, and none can break them
             standing = standing & ~self.proven
         rows = standing.nonzero().squeeze(1)
         if every or self.model.task != "classification":
             return rows
         if step.scope == "near" and len(rows) > 2 * NEAR:
-            way = (self.value - self.worst)[rows]
-            order = (self.worst[rows] / way.clamp_min(torch.finfo(way.dtype).tiny)).argsort()
+            way = (self.known.value - self.known.worst)[rows]
+            order = (self.known.worst[rows] / way.clamp_min(torch.finfo(way.dtype).tiny)).argsort()
             return rows[order[: -(-len(rows) // NEAR)]].sort().values
         if step.scope == "audit" and len(rows) > 2 * AUDITED and not self._masked():
             keys = _tensor.fold(
@@ -366,17 +359,18 @@ class _Evaluation:
         """Return the samples that an audit has left out."""
         if step.scope != "audit" or self.model.task != "classification":
             return rows[:0]
-        left = self.standing & ~self.proven
+        left = self.known.standing & ~self.proven
         left[rows] = False
         return left.nonzero().squeeze(1)
 
     def _masked(self) -> bool:
         """Tell whether black-box attacks must run in full: gradients are missing or suspicious."""
-        if not self.climbed:
+        if not self.climbed or self.suspicious:
             return True
         if self.verdict is None:
             self.verdict = self._diagnosis()
-        return self.verdict is not None and bool(self.verdict.failed)
+        self.suspicious = self.verdict is not None and bool(self.verdict.failed)
+        return self.suspicious
 
     def _diagnosis(self) -> Verdict | None:
         if self.threat.p not in (1, 2, math.inf):
@@ -388,9 +382,9 @@ class _Evaluation:
                 verdict = diagnose(
                     self.model,
                     self.x,
-                    self._named(self.y.numpy()),
+                    self.known.named(self.y.numpy()),
                     self.threat,
-                    outputs=self.clean,
+                    outputs=self.known.clean,
                     broken=self.broke,
                     samples=size,
                     seed=self.harness.seed,
@@ -421,129 +415,9 @@ class _Evaluation:
         if certificate is None:
             return False
         if certificate.certified is not None:
-            return not bool((self.standing & ~self.proven).any())
-        worst = self.worst.double().numpy()
-        return certificate.loss is not None and np.allclose(worst, certificate.loss, rtol=1e-3)
-
-    def _keep(self, label: str, rows: Tensor, x_adv: Tensor, tally: Tally) -> None:
-        value, broken, unstable = self.harness.measured(rows, x_adv)
-        tally.unstable += unstable
-        if self.model.task == "classification":
-            stood = self.standing[rows]
-            nearer = broken & ~stood & self._nearer(rows, x_adv)
-            broken &= stood
-            lower = stood & (value < self.worst[rows]) & ~(value < 0)
-            better = broken | nearer | lower
-            for row in rows[broken].tolist():
-                self.broken_by[row] = label
-            self.standing[rows[broken]] = False
-            value = torch.minimum(value, self.worst[rows])  # a nearer point may be less wrong
-        else:
-            better = value > self.worst[rows]
-        self.worst[rows[better]] = value[better]
-        self.x_adv[rows[better]] = x_adv[better]
-
-    def _nearer(self, rows: Tensor, points: Tensor) -> Tensor:
-        """Tell where points are nearer to their samples than what is kept."""
-        x = self.x[rows].double()
-        kept, found = (self.threat.norm(p.double() - x) for p in (self.x_adv[rows], points))
-        return found < kept
-
-    def _shrink(self) -> None:
-        """Bisect from each sample to its adversarial example for a nearer one.
-
-        Points between are members of a convex threat; every one that counts is measured twice.
-        """
-        if self.model.task != "classification":
-            return
-        rows = (self.right & ~self.standing).nonzero().squeeze(1)
-        if len(rows) == 0:
-            return
-        x, delta = self.x[rows], self.x_adv[rows] - self.x[rows]
-        threat = self.threat.select(rows)
-        low, high = torch.zeros(len(rows), dtype=x.dtype), torch.ones(len(rows), dtype=x.dtype)
-        for _ in range(SHRINKS):
-            middle = (low + high) / 2
-            point = threat.restrict(x, delta * per_sample(middle, x))
-            value, broken, _ = self.harness.measured(rows, point)
-            broken &= threat.contains(x, point)
-            self.x_adv[rows[broken]] = point[broken]
-            self.worst[rows[broken]] = torch.minimum(self.worst[rows], value)[broken]
-            low, high = torch.where(broken, low, middle), torch.where(broken, middle, high)
-
-    def _check(self, certificate: Certificate | None) -> None:
-        if certificate is None:
-            return
-        if certificate.certified is not None:
-            both = certificate.certified & (self.right & ~self.standing).numpy()
-        elif certificate.loss is not None:
-            both = self.worst.double().numpy() > certificate.loss
-        else:
-            return
-        if both.any():
-            first = np.flatnonzero(both)[:5].tolist()
-            raise ContradictionError(
-                f"{int(both.sum())} samples are certified by {certificate.method} and broken by "
-                f"an attack (first: {first}); please report this"
-            )
-
-    # ------------------------------------------------------------------ results
-
-    def _estimate(self, right: Tensor, value: Tensor) -> Estimate:
-        if self.model.task == "classification":
-            return Estimate.proportion(int(right.sum()), len(right))
-        return Estimate.mean(value.double().numpy())
-
-    def _totals(self, certificate: Certificate | None) -> tuple[Estimate, Estimate | None]:
-        found = self._estimate(self.standing, self.worst)
-        if certificate is None:
-            return found, None
-        if certificate.certified is not None:
-            return found, Estimate.proportion(int(certificate.certified.sum()), len(self.x))
-        loss = certificate.loss
-        return found, None if loss is None else Estimate.mean(loss)
-
-    def _predictions(self) -> np.ndarray:
-        output = self.harness.outputs("", self.x_adv)
-        return self._named(output.argmax(1).numpy()) if output.dim() == 2 else output.numpy()
-
-    def _named(self, labels: np.ndarray) -> np.ndarray:
-        return labels if self.model.classes is None else np.asarray(self.model.classes)[labels]
-
-    def _samples(
-        self, certificate: Certificate | None, predictions: np.ndarray
-    ) -> tuple[Sample, ...]:
-        classification = self.model.task == "classification"
-        distance = self.threat.norm(self.x_adv.double() - self.x.double())
-        labels = self._named(self.y.numpy()) if classification else self.y.numpy()
-        rows = []
-        for i in range(len(self.x)):
-            number = int(self.harness.numbers[i])
-            sample: dict[str, Any] = {"index": number, "label": labels[i].item()}
-            if classification:
-                right, broken_by = bool(self.right[i]), self.broken_by[i]
-                gone = float(distance[i]) if broken_by is not None else None
-                sample |= {
-                    "clean_correct": right,
-                    "broken_by": broken_by,
-                    "distance": gone if right else 0.0,
-                    "clean_margin": float(self.value[i]),
-                    "attacked_margin": float(self.worst[i]),
-                    "prediction": predictions[i].item(),
-                }
-            else:
-                sample |= {
-                    "clean_loss": float(self.value[i]),
-                    "attacked_loss": float(self.worst[i]),
-                    "distance": float(distance[i]),
-                }
-            if certificate is not None and certificate.certified is not None:
-                sample["certified"] = bool(certificate.certified[i])
-                sample["radius"] = float(certificate.radius[i])  # type: ignore[index]
-            elif certificate is not None and certificate.loss is not None:
-                sample["certified_loss"] = float(certificate.loss[i])
-            rows.append(Sample(**sample))
-        return tuple(rows)
+            return not bool((self.known.standing & ~self.proven).any())
+        worst = self.known.worst.double().numpy()
+        return certificate.loss is not None and np.allclose(worst, certificate.loss, rtol=1e-6)
 
 
 def _silent(stage: str, done: int, total: int) -> None:
