@@ -1,11 +1,13 @@
 """Attacks that follow the gradient of a loss: one step, or many with projection."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from robustlearn import _tensor, losses
 from robustlearn._tensor import flat
@@ -24,6 +26,11 @@ from robustlearn.attacks.base import attack
 from robustlearn.errors import InputError
 from robustlearn.models import Model
 from robustlearn.threats import LpBall
+
+PATCHES = 4  # a side of the grid from which images start
+
+# the points where a restart starts, from its number, x, the threat and the rows of x
+Start = Callable[[int, Tensor, LpBall, Tensor], Tensor]
 
 
 @attack(needs="gradient")
@@ -70,6 +77,7 @@ def pgd(
     schedule: str = "cosine",
     momentum: float = 0.0,
     random_start: bool = True,
+    starts: str = "uniform",
     restarts: int = 1,
     stop_when_broken: bool = True,
     precision: str | None = None,
@@ -93,6 +101,9 @@ def pgd(
         the last gradient. On a linear model that is the exact worst case.
     random_start : start from `LpBall.sample`; if False only restarts after the first do. The
         first run of a regressor starts at x, where the sign of the error is the better guess.
+    starts : ``"uniform"`` in the threat; or ``"mixed"``: every second run starts at the threat's
+        argmax along random signs, for images constant on the patches of a coarse grid. Ascents
+        from there end elsewhere, so that many runs find more.
     restarts : runs; each goes on with the samples that stand, and the best is kept. The run
         after the first heads for the closest rival class, the next for the second closest, and
         so on (not for targeted losses and those of your own); with a regressor they head up and
@@ -129,6 +140,8 @@ def pgd(
         raise InputError(f"steps and restarts start at 1; got {steps} and {restarts}")
     if schedule not in ("cosine", "constant"):
         raise InputError(f"schedule must be cosine or constant; got {schedule!r}")
+    if starts not in ("uniform", "mixed"):
+        raise InputError(f"starts must be uniform or mixed; got {starts!r}")
     final = sharp(losses.get(loss, str(model.task)))
     first = (4.0 if threat.p == 1 else 2.0) if step_size is None else step_size
     plan = _Plan(
@@ -140,7 +153,16 @@ def pgd(
         precision=precision,
     )
     random_from = 0 if random_start and model.task == "classification" else 1
-    return _run(model, x, y, threat, plan, restarts, random_from, _tensor.keys(generator, x))
+    keys = _tensor.keys(generator, x)
+
+    def start(restart: int, x: Tensor, threat: LpBall, rows: Tensor) -> Tensor:
+        if restart < random_from:
+            return x
+        held = _tensor.fold(keys[rows], restart)
+        patched = starts == "mixed" and restart % 2 == 1
+        return x + (_patches(threat, x, held) if patched else threat.sample(x, held))
+
+    return _run(model, x, y, threat, plan, restarts, start)
 
 
 @attack(needs="gradient", norms="1, 2, inf")
@@ -195,7 +217,7 @@ def mi_fgsm(
         stop=stop_when_broken,
         precision=precision,
     )
-    return _run(model, x, y, threat, plan, restarts, restarts, _tensor.keys(0, x))
+    return _run(model, x, y, threat, plan, restarts, lambda restart, x, threat, rows: x)
 
 
 @dataclass(frozen=True)
@@ -234,21 +256,27 @@ def _run(
     threat: LpBall,
     plan: _Plan,
     restarts: int,
-    random_from: int,
-    keys: Tensor,
+    start: Start,
 ) -> Tensor:
-    """Ascend from x, at random points from one restart on, and return the best points."""
+    """Ascend from the starting points of each restart, and return the best points."""
     goals = directions(model, x, y, plan.final) if restarts > 1 else []
 
     def run(restart: int, rows: Tensor) -> list[Path]:
         held, around = threat.select(rows), x[rows]
-        start = around
-        if restart >= random_from:
-            start = around + held.sample(around, _tensor.fold(keys[rows], restart))
+        first = start(restart, around, held, rows)
         goal = goals[(restart - 1) % len(goals)][rows] if restart and goals else None
-        return _climb(model, Path(rows, around, y[rows], start, goal), held, plan)
+        return _climb(model, Path(rows, around, y[rows], first, goal), held, plan)
 
     return threat.enclose(x, best_of(x, restarts, run))
+
+
+def _patches(threat: LpBall, x: Tensor, keys: Tensor) -> Tensor:
+    """Return the threat's argmax along random signs, for images one for each patch of a grid."""
+    shape = tuple(x.shape[1:])
+    if len(shape) != 3:
+        return threat.argmax(_tensor.uniform(keys, shape, x.dtype) - 0.5, x)
+    signs = (_tensor.uniform(keys, (shape[0], PATCHES, PATCHES), x.dtype) - 0.5).sign()
+    return threat.argmax(functional.interpolate(signs, shape[1:], mode="nearest"), x)
 
 
 def _climb(model: Model, path: Path, threat: LpBall, plan: _Plan) -> list[Path]:

@@ -19,14 +19,14 @@ from robustlearn.evaluate import inputs
 from robustlearn.evaluate.diagnostics import Verdict, diagnose
 from robustlearn.evaluate.harness import Harness, Progress, Tally, attacked
 from robustlearn.evaluate.knowledge import Knowledge
-from robustlearn.evaluate.plans import HALVINGS, PRESETS, Budget, Step, plan
+from robustlearn.evaluate.plans import HALVINGS, PRESETS, SHARES, Budget, Step, plan
 from robustlearn.evaluate.results import AttackRun, Audit, Report
 from robustlearn.evaluate.state import State
 from robustlearn.models import labels as labels_of
 from robustlearn.models import wrap
 from robustlearn.threats import LpBall
 
-NEAR = 4  # one sample of so many is near the boundary
+FEW = 8  # samples that are all near the boundary
 PROBED = 64  # samples that the verdict looks at
 AUDITED = 64  # samples of an audit; twice as many or fewer are all attacked
 
@@ -344,10 +344,10 @@ class _Evaluation:
         rows = standing.nonzero().squeeze(1)
         if every or self.model.task != "classification":
             return rows
-        if step.scope == "near" and len(rows) > 2 * NEAR:
+        if step.scope in SHARES and len(rows) > FEW:
             way = (self.known.value - self.known.worst)[rows]
             order = (self.known.worst[rows] / way.clamp_min(torch.finfo(way.dtype).tiny)).argsort()
-            return rows[order[: -(-len(rows) // NEAR)]].sort().values
+            return rows[order[: math.ceil(SHARES[step.scope] * len(rows))]].sort().values
         if step.scope == "audit" and len(rows) > 2 * AUDITED and not self._masked():
             keys = _tensor.fold(
                 torch.full_like(rows, self.harness.seed), self.harness.numbers[rows]

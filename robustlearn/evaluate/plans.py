@@ -10,7 +10,8 @@ from typing import Any
 from robustlearn.attacks import ATTACKS
 from robustlearn.errors import InputError
 
-SCOPES = ("all", "near", "audit", "masked")
+SHARES = {"near": 1 / 4, "closest": 1 / 16}  # of the samples that stand, nearest first
+SCOPES = ("all", *SHARES, "audit", "masked")
 COUNTS = ("restarts", "targets", "searches", "steps", "queries")  # in the order they are cut
 MANY = 1000  # classes, where their number is not known
 PER_RIVAL = ("deepfool", "fab")  # each of their steps looks at every rival
@@ -24,9 +25,9 @@ class Step:
 
     Attributes
     ----------
-    scope : ``"all"`` samples that stand; the quarter ``"near"`` the boundary; an ``"audit"`` of a
-        random few, which grows to all if it breaks one, or if the model seems to mask its
-        gradient; or all, but only if it is ``"masked"``.
+    scope : ``"all"`` samples that stand; the quarter ``"near"`` the boundary, or the sixteenth
+        ``"closest"`` to it; an ``"audit"`` of a random few, which grows to all if it breaks one,
+        or if the model seems to mask its gradient; or all, but only if it is ``"masked"``.
     """
 
     name: str
@@ -111,10 +112,11 @@ PRESETS: dict[str, tuple[Step, ...]] = {
     ),
     "standard": _steps(
         ("linear_exact", {}),
-        ("pgd", {"steps": 20, "restarts": 3}),
+        ("pgd", {"steps": 20, "restarts": 2}),
         ("fmn", {"steps": 25}),
         ("carlini_wagner", {"steps": 40, "searches": 1, "step_size": 0.1}),
-        ("pgd", {"steps": 40, "restarts": 4}, "near"),
+        ("pgd", {"steps": 20, "restarts": 8, "starts": "mixed"}, "near"),
+        ("pgd", {"steps": 20, "restarts": 32, "starts": "mixed"}, "closest"),
         ("sigma_zero", {"steps": 100}),
         ("square", {"queries": 1000}, "audit"),
         ("square", {"queries": 5000}, "masked"),
