@@ -287,11 +287,56 @@ def test_a_targeted_attack_is_another_loss():
         assert (model(x_adv).argmax(1) == goal).float().mean() > 0.9
 
 
+class Watched(nn.Module):
+    """A network that notes the points it is asked about."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.seen = net, []
+
+    def forward(self, x):
+        self.seen.append(x.detach().clone())
+        return self.net(x)
+
+
+@pytest.mark.parametrize("p", [1, 2, math.inf])
+def test_every_second_mixed_start_is_a_corner_of_patches(p):
+    x, y = batch((2, 8, 8))
+    y = torch.zeros_like(y)
+    threat = rl.LpBall(p, BUDGET[p], lower=0.0, upper=1.0)
+    watched = Watched(network((2, 8, 8), "gradient").eval())
+    x_adv = pgd(
+        rl.wrap(watched), x, y, threat, steps=1, restarts=4, starts="mixed", stop_when_broken=False
+    )
+    assert bool(threat.contains(x, x_adv).all())
+    starts = [seen - x for seen in watched.seen if len(seen) == len(x)]
+    starts = [starts[-8 + 2 * run] for run in range(4)]  # each run: its start, and its last point
+    corner = [bool(torch.allclose(threat.argmax(d, x), d, atol=1e-12)) for d in starts]
+    assert corner == [False, True, False, True] or p == 1
+    for delta in starts[1::2]:
+        signs = delta.sign().unflatten(2, (4, 2)).unflatten(4, (4, 2))
+        for patch in signs.permute(0, 1, 2, 4, 3, 5).flatten(4).flatten(0, 3):
+            assert not (bool((patch > 0).any()) and bool((patch < 0).any()))
+    assert not torch.equal(starts[1], starts[3])
+
+
+def test_mixed_starts_of_rows_are_corners():
+    x, y = batch((6,))
+    threat = rl.LpBall(math.inf, 0.3)
+    watched = Watched(network((6,), "gradient").eval())
+    pgd(rl.wrap(watched), x, y, threat, steps=1, restarts=2, starts="mixed", stop_when_broken=False)
+    start = [seen - x for seen in watched.seen if len(seen) == len(x)][-2]
+    torch.testing.assert_close(start.abs(), torch.full_like(x, 0.3))
+    assert 0.2 < (start > 0).double().mean() < 0.8
+
+
 def test_pgd_tells_what_is_wrong():
     x, y = batch((6,))
     net = network((6,), "gradient")
     with pytest.raises(rl.InputError, match="schedule must be cosine or constant"):
         pgd(net, x, y, rl.LpBall(2, 0.1), schedule="linear")
+    with pytest.raises(rl.InputError, match="starts must be uniform or mixed"):
+        pgd(net, x, y, rl.LpBall(2, 0.1), starts="corners")
     with pytest.raises(rl.InputError, match="steps and restarts start at 1"):
         pgd(net, x, y, rl.LpBall(2, 0.1), steps=0)
     with pytest.raises(rl.InputError, match="pgd knows the norms 1, 2, inf, not 3"):

@@ -130,7 +130,7 @@ def test_scopes_and_options_of_a_step():
     assert audit == Step("square", {"queries": 500}, "audit")
     assert plan([audit, ("fgsm", {}), "pgd"]) == [audit, Step("fgsm", {}), Step("pgd", {})]
     for wrong in ("fgsm@far", "fgsm@"):
-        with pytest.raises(InputError, match="a scope is one of all, near, audit, masked"):
+        with pytest.raises(InputError, match="a scope is one of all, near, closest, audit, masked"):
             plan(wrong)
     with pytest.raises(InputError, match="at least one attack"):
         plan([])
@@ -288,14 +288,15 @@ def test_a_budget_caps_what_an_evaluation_costs(x, y, brief):
 # ---------------------------------------------------------------------- scopes
 
 
-def test_the_quarter_near_the_boundary(x, y, brief, filed):
+@pytest.mark.parametrize(("scope", "share"), [("near", 4), ("closest", 16)])
+def test_the_share_near_the_boundary(x, y, brief, filed, scope, share):
     seen = filed("watching", "scores")
-    given = {"attacks": ["pgd:steps=5", "watching@near"]}
+    given = {"attacks": ["pgd:steps=5", f"watching@{scope}"]}
     report = rl.evaluate(Hidden(), x, y, rl.LpBall(math.inf, 0.02), **given)
     distance = margin(x) / WEIGHT.abs().sum()
     standing = distance > 0.02
     assert report.attacked.value == float(standing.double().mean())
-    count = -(-int(standing.sum()) // 4)
+    count = -(-int(standing.sum()) // share)
     nearest = torch.where(standing, distance, torch.inf).argsort()[:count]
     assert rows_of(seen, x) == sorted(nearest.tolist())
     assert run_of(report, "watching").attempted == count
