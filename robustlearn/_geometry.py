@@ -95,7 +95,7 @@ def crossing(gain: Tensor, room: Tensor, gap: Tensor, p: float) -> tuple[Tensor,
 
 def nearest_in_l2(size: Tensor, room: Tensor, eps: Tensor) -> Tensor:
     """min ‖u − size‖₂ over ‖u‖₂ ≤ ε, 0 ≤ u ≤ room: u = min(t·size, room) with t ≤ 1."""
-    cap = torch.where(size > 0, room / size, torch.inf)
+    cap = (room / size).nan_to_num_(nan=math.inf, posinf=math.inf)
     t = level(size**2, cap**2, eps.squeeze(1) ** 2).sqrt().clamp(max=1)[:, None]
     return torch.minimum(t * size, room)
 
@@ -162,15 +162,17 @@ def level(weight: Tensor, cap: Tensor, target: Tensor, sweeps: int = 12) -> Tens
     -------
     (n,) the level t; infinite where the left side stays below the target.
     """
+    most = torch.finfo(cap.dtype).max
+    worth = (weight * cap).nan_to_num_(nan=0.0, posinf=0.0)
     t = torch.where(target > 0, target / weight.sum(1), 0)
     for _ in range(sweeps):
-        capped = cap <= t[:, None]
-        settled = torch.where(capped, weight * cap, 0).sum(1)
-        free = torch.where(capped, 0, weight).sum(1)
-        out_of_reach = torch.where(settled < target, torch.inf, t)
+        ahead = (cap - t[:, None]).sign_().clamp_(min=0)  # 1 or 0: `where` takes ten times as long
+        free = (weight * ahead).sum(1)
+        settled = (worth * ahead.neg_().add_(1)).sum(1)
+        out_of_reach = torch.where(settled < target, most, t)
         risen = torch.where(free > 0, (target - settled) / free, out_of_reach).maximum(t)
         if torch.equal(risen, t):
-            return t
+            return torch.where(t < most, t, torch.inf)
         t = risen
     return _level_by_sorting(weight, cap, target)
 

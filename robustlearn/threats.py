@@ -245,7 +245,7 @@ class LpBall:
         elif self.p == 1:
             nearest = nearest_in_l1(size, room, units, eps)
         elif units is None:
-            nearest = nearest_in_l2(size, room, eps)
+            return (nearest_in_l2(size, room, eps) * wanted.sign()).reshape(delta.shape)
         else:
             nearest = nearest_in_ellipsoid(size, room, units, eps)
         nearest = nearest * wanted.sign()
@@ -256,9 +256,9 @@ class LpBall:
         walls = self._walls(direction, point)
         if walls is None:
             return direction
-        rows = flat(direction)
-        stuck = torch.where(rows > 0, walls[1], walls[0]) == 0
-        return rows.masked_fill(stuck, 0).reshape(direction.shape)
+        up, down = (flat(direction).clamp(**side) for side in ({"min": 0}, {"max": 0}))
+        falls, rises = (wall.sign().abs() for wall in walls)  # 0 at a wall
+        return up.mul_(rises).add_(down.mul_(falls)).reshape(direction.shape)
 
     def sample(
         self, like: Tensor, generator: torch.Generator | Tensor | int | None = None
@@ -540,7 +540,8 @@ class LpBall:
     def slope(self, gain: Tensor) -> Tensor:
         """c^(1/(p−1)), scaled by the largest entry so that it cannot overflow."""
         top = gain.amax(1, keepdim=True).clamp_min(torch.finfo(gain.dtype).tiny)
-        return (gain / top) ** (1 / (self.p - 1))
+        slope = gain / top
+        return slope if self.p == 2 else slope ** (1 / (self.p - 1))
 
     def _level(self, slope: Tensor, room: Tensor, eps: Tensor) -> Tensor:
         """Return t with Σ min(t·slope, room)^p = ε^p; infinite if the walls stop all before."""
@@ -559,8 +560,8 @@ class LpBall:
         """Return the maximiser u for 1 < p < ∞."""
         slope = self.slope(gain)
         if room is None:
-            share = (eps / row_norm(slope, self.p))[:, None]
-            return torch.where(gain > 0, slope * share, 0)
+            norm = row_norm(slope, self.p)
+            return slope * torch.where(norm > 0, eps / norm, 0)[:, None]
         spends = (slope > 0) & (eps > 0)[:, None]
         wish = torch.where(spends, self._level(slope, room, eps)[:, None] * slope, 0)
         return torch.minimum(wish, room)
