@@ -39,7 +39,8 @@ def evaluation(samples, **given):
         "data": "digits",
         "task": "classification",
         "threat": {"text": "L2 ≤ 0.5", "p": 2, "eps": 0.5},
-        "verdict": {"text": "trustworthy: 3 checks found nothing\nmore"},
+        "verdict": {"trustworthy": True, "text": "trustworthy: 3 checks found nothing\nmore"},
+        "attacks": [{"name": "pgd", "skipped": None}],
         "curve": {"eps": [0.0, 0.5], "attacked": [1.0, 0.5], "certified": None},
         "samples": samples,
         "classes": None,
@@ -111,6 +112,36 @@ def test_the_conclusion_names_the_better_one():
     assert said.startswith("Under attack Net holds on more of these samples than Other")
     assert "cannot be told apart" in report.conclusion(report.compared(*against(5, 1)))
     assert report.compared(*against(1, 1))["models"] == ["Net (first)", "Net (second)"]
+
+
+def test_no_conclusion_from_a_figure_that_is_not_believed():
+    first, second = against(12, 1)
+    first["evaluations"][0]["verdict"] = {"trustworthy": False, "text": "suspicious (2 of 9):\n"}
+    result = report.compared(first, second)
+    said = report.conclusion(result)
+    assert said.startswith("No conclusion") and "Net (first) is suspicious (2 of 9)" in said
+    assert "holds on more" not in said and result["attacked"]["p"] < 0.05
+
+
+def test_no_conclusion_from_other_attacks():
+    first, second = against(12, 1)
+    ran = [("pgd", None), ("square", "the gradients show no sign of masking"), ("fab", "no budget")]
+    second["evaluations"][0]["attacks"] = [{"name": n, "skipped": why} for n, why in ran]
+    assert "square ran on Net (second) only" in report.conclusion(report.compared(first, second))
+    second["evaluations"][0]["attacks"] = [{"name": "pgd", "skipped": "the budget is spent"}]
+    assert "pgd ran on Net (first) only" in report.conclusion(report.compared(first, second))
+
+
+def test_the_same_model_attacked_in_earnest_and_not():
+    x = torch.rand(40, 4, generator=torch.Generator().manual_seed(1))
+    net, threat = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)), rl.LpBall(2, 0.3)
+    y = net(x).argmax(1)
+    plans = ("square:queries=2", "pgd:steps=20,square:queries=2@masked")
+    made = [document([rl.evaluate(net, x, y, threat, attacks=plan)]) for plan in plans]
+    assert report.conclusion(report.compared(*made)).startswith("No conclusion")
+    moved = document([rl.evaluate(net, x + 1e-3, y, threat, attacks=plans[0])])
+    with pytest.raises(InputError, match=r"sample 0 has other features .*\(40 such samples\)"):
+        report.compared(made[0], moved)
 
 
 def test_two_linear_models_whose_answer_is_known():

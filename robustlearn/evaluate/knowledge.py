@@ -1,5 +1,6 @@
 """What is known about every sample while attacks run, and what is told of it at the end."""
 
+import hashlib
 from typing import Any
 
 import numpy as np
@@ -137,7 +138,11 @@ class Knowledge:
         rows = []
         for i in range(len(self.x)):
             number = int(self.harness.numbers[i])
-            sample: dict[str, Any] = {"index": number, "label": labels[i].item()}
+            sample: dict[str, Any] = {
+                "index": number,
+                "label": labels[i].item(),
+                "digest": _digest(self.x[i]),
+            }
             if classification:
                 right, broken_by = bool(self.right[i]), self.broken_by[i]
                 gone = float(distance[i]) if broken_by is not None else None
@@ -162,3 +167,8 @@ class Knowledge:
                 sample["certified_loss"] = float(certificate.loss[i])
             rows.append(Sample(**sample))
         return tuple(rows)
+
+
+def _digest(x: Tensor) -> str:
+    """Return a hash of a sample that its precision does not change."""
+    return hashlib.sha256(x.float().cpu().numpy().tobytes()).hexdigest()[:12]

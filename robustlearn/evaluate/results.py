@@ -61,11 +61,13 @@ class Sample:
     wrong from the start); distance, the norm of the smallest change known to break it (0 if it
     was wrong from the start); certified, whether the whole threat is proven harmless; radius,
     the distance proven safe; the clean margin and the smallest that was found; the prediction at
-    the end. Regressors: squared errors, clean, under attack, and certified.
+    the end. Regressors: squared errors, clean, under attack, and certified. ``digest`` tells the
+    features of one sample from those of another.
     """
 
     index: int
     label: Any
+    digest: str | None = None
     clean_correct: bool | None = None
     broken_by: str | None = None
     distance: float | None = None

@@ -14,7 +14,17 @@ from robustlearn.report.table import figure
 
 SCHEMA = "robustlearn-report/1"
 LEVEL = 0.05
-NEEDED = {"model", "data", "task", "threat", "verdict", "samples", "curve"}  # of an evaluation
+MILD = ("the gradients show no sign of masking", "the same attack has run already")  # not run
+NEEDED = {
+    "model",
+    "data",
+    "task",
+    "threat",
+    "verdict",
+    "attacks",
+    "samples",
+    "curve",
+}  # of an evaluation
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -50,13 +60,13 @@ def compared(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 
     Returns
     -------
-    plain data: models, threats, number of samples, and for ``"clean"`` and ``"attacked"`` the
-    two shares, b, c and the p-value.
+    plain data: models, threats, number of samples, ``"caveats"`` (why no conclusion on the attacked
+    figures can be drawn), and for ``"clean"`` and ``"attacked"`` the two shares, b, c and p-value.
 
     Raises
     ------
     InputError where nothing can be paired: several evaluations in a document, regressors, other
-    labels for the same samples, another threat, no sample in common.
+    data or labels under the same numbers, another threat, no sample in common.
 
     Notes
     -----
@@ -69,14 +79,17 @@ def compared(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     pairs = [(rows[s["index"]], s) for s in two["samples"] if s["index"] in rows]
     if not pairs:
         raise InputError("the two reports have no sample in common")
-    other = [a["index"] for a, b in pairs if a["label"] != b["label"]]
-    if other:
-        raise InputError(
-            f"sample {other[0]} has another label in each report ({len(other)} such samples): "
-            "they are not of the same data"
-        )
+    for key, what in (("label", "another label"), ("digest", "other features")):
+        other = [a["index"] for a, b in pairs if a.get(key) != b.get(key)]
+        if other:
+            raise InputError(
+                f"sample {other[0]} has {what} in each report ({len(other)} such samples): they "
+                "are not of the same data"
+            )
+    names = _names(one["model"], two["model"])
     return {
-        "models": _names(one["model"], two["model"]),
+        "models": names,
+        "caveats": _caveats(one, two, names),
         "data": one["data"],
         "threat": one["threat"]["text"],
         "verdicts": [e["verdict"]["text"].partition("\n")[0] for e in (one, two)],
@@ -106,7 +119,9 @@ def comparison_table(result: dict[str, Any]) -> Table:
 
 
 def conclusion(result: dict[str, Any]) -> str:
-    """Say in words what the test allows to say."""
+    """Say in words what the test allows to say, or why it allows nothing."""
+    if result["caveats"]:
+        return "No conclusion on who holds better under attack: " + "; ".join(result["caveats"])
     found, (one, two) = result["attacked"], result["models"]
     first, second = (share["value"] for share in found["shares"])
     if found["p"] >= LEVEL:
@@ -141,6 +156,26 @@ def _check(one: dict[str, Any], two: dict[str, Any]) -> None:
             f"the threats differ: {one['threat']['text']} and {two['threat']['text']}; evaluate "
             "both models under the same one"
         )
+
+
+def _caveats(one: dict[str, Any], two: dict[str, Any], names: list[str]) -> list[str]:
+    """Say why the attacked figures do not compare: one is not believed, or other attacks ran."""
+    found = []
+    for evaluation, name in ((one, names[0]), (two, names[1])):
+        if not evaluation["verdict"].get("trustworthy"):
+            text = evaluation["verdict"]["text"].partition("\n")[0].rstrip(":")
+            found.append(f"the verdict on {name} is {text}")
+    first, second = _attacked_by(one), _attacked_by(two)
+    for mine, theirs, name in ((first, second, names[0]), (second, first, names[1])):
+        if alone := [attack for attack in mine if attack not in theirs]:
+            found.append(f"{', '.join(alone)} ran on {name} only")
+    return found
+
+
+def _attacked_by(evaluation: dict[str, Any]) -> list[str]:
+    """Return the attacks that ran, or would have if there had been anything to find."""
+    runs = evaluation["attacks"]
+    return [run["name"] for run in runs if run["skipped"] is None or run["skipped"] in MILD]
 
 
 def stands(sample: dict[str, Any]) -> bool:
