@@ -119,8 +119,10 @@ def test_no_conclusion_from_a_figure_that_is_not_believed():
     first["evaluations"][0]["verdict"] = {"trustworthy": False, "text": "suspicious (2 of 9):\n"}
     result = report.compared(first, second)
     said = report.conclusion(result)
-    assert said.startswith("No conclusion") and "Net (first) is suspicious (2 of 9)" in said
-    assert "holds on more" not in said and result["attacked"]["p"] < 0.05
+    assert said.startswith("No conclusion")
+    assert "Net (first) is suspicious (2 of 9)" in said
+    assert "holds on more" not in said
+    assert result["attacked"]["p"] < 0.05
 
 
 def test_no_conclusion_from_other_attacks():

@@ -86,7 +86,7 @@ Data = Annotated[
     str, typer.Option(help="FILE.npz (x, y), FILE.csv with --target, or a built-in set.")
 ]
 Number = {"parser": _number, "metavar": "NUMBER"}
-Norm = Annotated[str, typer.Option(help="linf, l2, l1 or a number.")]
+Norm = Annotated[str, typer.Option(help="linf, l2, l1, l0 or a number.")]
 Eps = Annotated[float, typer.Option(help="Budget, as 0.1 or 8/255.", **Number)]
 Lower = Annotated[float | None, typer.Option(help="Least value of a feature.", **Number)]
 Upper = Annotated[float | None, typer.Option(help="Largest value of a feature.", **Number)]
@@ -290,6 +290,7 @@ def plant(
     norm: Norm = "linf",
     lower: Lower = None,
     upper: Upper = None,
+    features: Features = None,
     target: Target = None,
     attack: Annotated[
         str, typer.Option(help="What is tested: NAME, or NAME:option=value.")
@@ -314,7 +315,8 @@ def plant(
 
     samples, _ = inputs.samples(data, target, limit, seed)
     wrapped = inputs.model(model, task=None, allow_pickle=allow_pickle)
-    threat = inputs.threat(norm, eps, lower, upper)
+    columns = samples.feature_names
+    threat = inputs.threat(norm, eps, lower, upper, features=features, columns=columns)
     with screen.progress(show=not (quiet or as_json)) as progress:
         result = testing.tested(
             wrapped,
