@@ -1,0 +1,96 @@
+"""Robust training as a game of the loop: one move of the adversary, one of the model."""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustlearn.attacks.ascent import stepper
+from robustlearn.threats import LpBall
+from robustlearn.train.inner import Craft
+from robustlearn.train.memory import Memory
+from robustlearn.train.objectives import OBJECTIVES, Criterion, Outcome
+from robustlearn.train.weights import perturbed
+
+
+@dataclass
+class RobustGame:
+    """min over weights of the mean over samples of an objective's loss.
+
+    Attributes
+    ----------
+    modules, optimizers : ``{"model": …}``, as the loop has them.
+    threat : of all training samples; its budget is reached after the share ``ramp`` of all steps.
+    memory : keeps the perturbations of the epoch before as starts; None for random starts.
+    awp : γ of the adversarial weight perturbation, once the ramp has ended; 0 for none.
+    """
+
+    modules: dict[str, nn.Module]
+    optimizers: dict[str, torch.optim.Optimizer]
+    objective: str
+    options: dict[str, Any]
+    threat: LpBall
+    criterion: Criterion = field(default_factory=Criterion)
+    ramp: float = 0.0
+    memory: Memory | None = None
+    awp: float = 0.0
+
+    def step(self, batch: Any, turn: Any) -> dict[str, Tensor]:
+        """Play a mini-batch; return the metrics of each sample (n,)."""
+        threat = self._threat(batch.index, turn.progress)
+        craft = Craft(
+            keys=turn.keys,
+            start=None if self.memory is None else self.memory.get(batch.index, batch.x),
+            module=turn.unwrapped("model"),
+            autocast=turn.autocast,
+        )
+        replays = int(OBJECTIVES[self.objective].facts["replays"])
+        for _ in range(replays):
+            outcome = self._play(batch, threat, craft, turn)
+            if replays > 1:
+                craft = replace(craft, points=_replayed(outcome.points, batch.x, threat))
+        if self.memory is not None:
+            self.memory.put(batch.index, outcome.points.detach() - batch.x)
+        return outcome.metrics
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what is remembered between steps."""
+        return {} if self.memory is None else {"perturbations": self.memory.kept}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Take up what was remembered."""
+        if self.memory is not None:
+            self.memory.kept.copy_(state["perturbations"])
+
+    def _threat(self, index: Tensor, progress: float) -> LpBall:
+        threat = self.threat.select(index)
+        if progress >= self.ramp:
+            return threat
+        return replace(threat, eps=threat.eps * (progress / self.ramp))
+
+    def _play(self, batch: Any, threat: LpBall, craft: Craft, turn: Any) -> Outcome:
+        play: Callable[..., Outcome] = OBJECTIVES[self.objective].function
+        model = self.modules["model"]
+        given = {"criterion": self.criterion, **self.options}
+        moved: Any = contextlib.nullcontext()
+        if self.awp and turn.progress >= self.ramp:
+            network = craft.network(model)
+            before = play(network, batch.x, batch.y, threat, craft=craft, **given)
+            moved = perturbed(network, before.loss.mean(), self.awp)
+            craft = replace(craft, points=before.points.detach())
+        with moved:
+            outcome = play(model, batch.x, batch.y, threat, craft=craft, **given)
+            turn.backward(outcome.loss)
+        turn.update("model")
+        return outcome
+
+
+def _replayed(points: Tensor, x: Tensor, threat: LpBall) -> Tensor:
+    """Step the points by ε along the gradient that the backward pass has left in them."""
+    slope = points.grad
+    if slope is None:
+        return points.detach()
+    return threat.enclose(x, stepper(threat, x)(points.detach(), slope.nan_to_num(0.0), 1.0))

@@ -1,0 +1,123 @@
+"""The inner maximisation of training: few gradients of the input, none of the parameters."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from robustlearn import _tensor, losses
+from robustlearn.attacks.ascent import stepper
+from robustlearn.models.base import Objective
+from robustlearn.threats import LpBall
+
+
+@dataclass(frozen=True)
+class Craft:
+    """How the points of a mini-batch are made, whatever the objective.
+
+    Attributes
+    ----------
+    keys : (n,) random keys, or a seed; see `LpBall.sample`.
+    start : (n, *shape) perturbations to start from, in place of random ones.
+    points : (n, *shape) points that are there already: nothing is crafted.
+    module : the network without a wrapper that would synchronise gradients; None for the one
+        that is trained.
+    autocast : makes the context in which the network computes, as for mixed precision.
+    """
+
+    keys: Tensor | int = 0
+    start: Tensor | None = None
+    points: Tensor | None = None
+    module: nn.Module | None = None
+    autocast: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+
+    def network(self, model: nn.Module) -> nn.Module:
+        """Return the network to climb."""
+        return model if self.module is None else self.module
+
+    def forward(self, model: nn.Module, x: Tensor) -> Tensor:
+        """Return the output in float32 or better."""
+        with self.autocast():
+            output = model(x)
+        return output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
+
+    def begin(self, x: Tensor, threat: LpBall) -> Tensor:
+        """Return where an ascent starts: at what is kept, or at a random member of the threat."""
+        if self.start is not None:
+            return x + threat.project(self.start, x)
+        return x + threat.sample(x, _tensor.keys(self.keys, x))
+
+
+@dataclass(frozen=True, eq=False)
+class Divergence:
+    """KL(p ‖ softmax(z)) for fixed p, and its derivative softmax(z) − p."""
+
+    target: Tensor
+
+    def look(self, output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the divergence (n,) and its derivative by the logits."""
+        z = losses.two_columns(output)
+        value = (self.target * (self.target.clamp_min(1e-30).log() - z.log_softmax(1))).sum(1)
+        slope = z.softmax(1) - self.target
+        return value, slope if slope.shape == output.shape else slope[:, 1:].reshape(output.shape)
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Hold a network in evaluation mode, so that crafting leaves its batch statistics alone."""
+    training = [part for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def ascend(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: LpBall,
+    objective: Objective,
+    *,
+    start: Tensor,
+    steps: int,
+    step_size: float,
+    craft: Craft,
+) -> Tensor:
+    """x_adv ← project(x_adv + α·steepest(∇ₓ objective)), as often as ``steps`` says.
+
+    Parameters
+    ----------
+    x, start : (n, *shape), the samples and where the ascent starts; y : (n,).
+    objective : what has ``look(output, y)``, as for attacks.
+    step_size : α in units of ε.
+
+    Returns
+    -------
+    (n, *shape), in the threat; the last point, not the best. Cost: one forward and one backward
+    pass a step, without gradients of the parameters.
+    """
+    network = craft.network(model)
+    step, point = stepper(threat, x), start.clone()
+    with evaluating(network):
+        for _ in range(steps):
+            point = step(point.detach(), slope(network, point, y, objective, craft), step_size)
+    return threat.enclose(x, point)
+
+
+def slope(
+    network: nn.Module, point: Tensor, y: Tensor, objective: Objective, craft: Craft
+) -> Tensor:
+    """∂ objective(network(point), y) / ∂point per sample, where it is not finite 0."""
+    with torch.enable_grad():
+        leaf = point.detach().requires_grad_()
+        output = craft.forward(network, leaf)
+        _, direction = objective.look(output.detach(), y)
+        (gradient,) = torch.autograd.grad(output, leaf, direction)
+    return gradient.contiguous().nan_to_num_(0.0, 0.0, 0.0)

@@ -1,0 +1,421 @@
+"""What is minimised: pure functions ``(model, x, y, threat) -> Outcome``, one row a sample."""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from robustlearn import _tensor, losses
+from robustlearn.errors import InputError
+from robustlearn.registry import Registry
+from robustlearn.threats import LpBall
+from robustlearn.train.inner import Craft, Divergence, ascend, evaluating
+
+OBJECTIVES = Registry("objective")
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an objective says of a mini-batch.
+
+    Attributes
+    ----------
+    loss : (n,) to be minimised in the mean; it carries the graph of the parameters.
+    points : (n, *shape) the points in the threat that it was measured at.
+    metrics : (n,) each, detached.
+    """
+
+    loss: Tensor
+    points: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """The loss of a prediction: what the model minimises and the adversary raises.
+
+    Parameters
+    ----------
+    kind : ``"cross_entropy"``, ``"squared"`` or ``"huber"``.
+    smoothing : share of the label that is spread over all classes.
+    weights : (K,) weights of the classes; None for equal ones.
+    knee : |error| from which ``"huber"`` is linear.
+    """
+
+    kind: str = "cross_entropy"
+    smoothing: float = 0.0
+    weights: Tensor | None = None
+    knee: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("cross_entropy", "squared", "huber"):
+            raise InputError(f"a criterion is cross_entropy, squared or huber; got {self.kind!r}")
+        if not 0 <= self.smoothing < 1:
+            raise InputError(f"label smoothing is at least 0 and under 1; got {self.smoothing}")
+        if not (self.knee > 0 and math.isfinite(self.knee)):
+            raise InputError(f"the knee of the Huber loss is positive; got {self.knee}")
+
+    @property
+    def classifies(self) -> bool:
+        """Whether y are classes."""
+        return self.kind == "cross_entropy"
+
+    def __call__(self, output: Tensor, y: Tensor) -> Tensor:
+        """Return the loss of each sample (n,)."""
+        if not self.classifies:
+            error = output.reshape(len(y)) - y.to(output.dtype)
+            return error.square() if self.kind == "squared" else _huber(error, self.knee)
+        loss = functional.cross_entropy(
+            losses.two_columns(output), y, reduction="none", label_smoothing=self.smoothing
+        )
+        return loss if self.weights is None else loss * self.weights.to(loss)[y]
+
+    def look(self, output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the adversary raises, and its derivative: log-odds, or the squared error."""
+        if self.classifies:
+            return losses.log_odds.look(output, y)
+        return losses.squared_error.look(output, y.to(output.dtype))
+
+
+CROSS_ENTROPY, PLAIN = Criterion(), Craft()
+
+
+def _huber(error: Tensor, knee: float) -> Tensor:
+    """e² up to the knee k, 2k|e| − k² beyond."""
+    size = error.abs()
+    return torch.where(size <= knee, size.square(), 2 * knee * size - knee**2)
+
+
+def objective(
+    *, classes_only: bool = False, single_step: bool = False, replays: int = 1
+) -> Callable[[Function], Function]:
+    """File a function as an objective.
+
+    Parameters
+    ----------
+    classes_only : whether it is for classifiers alone.
+    single_step : whether its adversary takes one step from a random point, and so may be fooled
+        by a network whose gradient is masked (catastrophic overfitting).
+    replays : how often each mini-batch is played, with its perturbations kept.
+    """
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def run(model: nn.Module, x: Tensor, y: Tensor, threat: LpBall, **options: Any) -> Outcome:
+            criterion = options.get("criterion", CROSS_ENTROPY)
+            if classes_only and not criterion.classifies:
+                raise InputError(f"{function.__name__} is for classifiers, not for regressors")
+            return function(model, x, y, threat, **options)
+
+        OBJECTIVES.register(
+            function.__name__,
+            classes_only=classes_only,
+            single_step=single_step,
+            replays=replays,
+        )(run)
+        return run  # type: ignore[return-value]
+
+    return decorate
+
+
+def _crafted(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: LpBall,
+    criterion: Criterion,
+    craft: Craft,
+    steps: int,
+    step_size: float | None,
+) -> Tensor:
+    """Return points that raise the criterion; α is 1.25ε for one step, 2.5ε/k for k of them."""
+    if craft.points is not None:
+        return craft.points
+    size = step_size if step_size is not None else 1.25 if steps == 1 else 2.5 / steps
+    start = craft.begin(x, threat)
+    return ascend(
+        model, x, y, threat, criterion, start=start, steps=steps, step_size=size, craft=craft
+    )
+
+
+def _told(loss: Tensor, points: Tensor, output: Tensor, y: Tensor, criterion: Criterion) -> Outcome:
+    """Return the outcome with what the adversary did to the predictions."""
+    metrics = {"loss": loss.detach()}
+    if criterion.classifies:
+        metrics["robust"] = (~losses.misclassified(output, y)).float()
+    return Outcome(loss, points, metrics)
+
+
+@objective()
+def standard(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: LpBall,
+    *,
+    criterion: Criterion = CROSS_ENTROPY,
+    craft: Craft = PLAIN,
+) -> Outcome:
+    """L(f(x), y): no adversary.
+
+    Parameters
+    ----------
+    model : in training mode; x : (n, *shape); y : (n,).
+    """
+    output = craft.forward(model, x)
+    return _told(criterion(output, y), x, output, y, criterion)
+
+
+@objective(single_step=True)
+def fgsm(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: LpBall,
+    *,
+    step_size: float = 1.25,
+    criterion: Criterion = CROSS_ENTROPY,
+    craft: Craft = PLAIN,
+) -> Outcome:
+    """L(f(x'), y) after one step of 1.25ε from a random point: fast adversarial training.
+
+    Source: Wong, Rice and Kolter (2020).
+    """
+    points = _crafted(model, x, y, threat, criterion, craft, 1, step_size)
+    output = craft.forward(model, points)
+    return _told(criterion(output, y), points, output, y, criterion)
+
+
+@objective(single_step=True)
+def n_fgsm(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: LpBall,
+    *,
+    noise: float = 2.0,
+    step_size: float = 1.0,
+    criterion: Criterion = CROSS_ENTROPY,
+    craft: Craft = PLAIN,
+) -> Outcome:
+    """L(f(x + η + ε·steepest), y) with η from 2 threats' reach, and no projection into the threat.
+
+    The points keep to the box, but lie up to 3ε from x. Source: de Jorge et al. (2022).
+    """
+    points = craft.points
+    if points is None:
+        wide = replace(threat, eps=threat.eps * (noise + step_size))
+        begun = x + replace(threat, eps=threat.eps * noise).sample(x, _tensor.keys(craft.keys, x))
+        points = ascend(
+            model,
+            x,
+            y,
+            wide,
+            criterion,
+            start=begun,
+            steps=1,
+            step_size=step_size / (noise + step_size),
+            craft=craft,
+        )
+    output = craft.forward(model, points)
+    return _told(criterion(output, y), points, output, y, criterion)
+
+
+@objective(single_step=True, replays=4)
+def free(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: LpBall,
+    *,
+    criterion: Criterion = CROSS_ENTROPY,
+    craft: Craft = PLAIN,
+) -> Outcome:
+    """L(f(x + δ), y), where δ is stepped by ε along the same backward pass that trains the weights.
+
+    The points are leaves that require a gradient: after the backward pass the trainer steps them
+    and plays the mini-batch again. Source: Shafahi et al. (2019).
+    """
+    points = craft.points if craft.points is not None else craft.begin(x, threat)
+    points = points.detach().requires_grad_()
+    output = craft.forward(model, points)
+    return _told(criterion(output, y), points, output, y, criterion)
+
+
+@objective()
+def pgd_at(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: LpBall,
+    *,
+    steps: int = 2,
+    step_size: float | None = None,
+    criterion: Criterion = CROSS_ENTROPY,
+    craft: Craft = PLAIN,
+) -> Outcome:
+    """L(f(x'), y) with x' from ``steps`` of projected ascent. Source: Madry et al. (2018)."""
+    points = _crafted(model, x, y, threat, criterion, craft, steps, step_size)
+    output = craft.forward(model, points)
+    return _told(criterion(output, y), points, output, y, criterion)
+
+
+@objective()
+def adversarial_cross_entropy(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: LpBall,
+    *,
+    weight: float = 0.5,
+    steps: int = 2,
+    step_size: float | None = None,
+    criterion: Criterion = CROSS_ENTROPY,
+    craft: Craft = PLAIN,
+) -> Outcome:
+    """(1 − w)·L(f(x), y) + w·L(f(x'), y): clean and adversarial loss mixed.
+
+    Source: Goodfellow, Shlens and Szegedy (2015), there with one step.
+    """
+    points = _crafted(model, x, y, threat, criterion, craft, steps, step_size)
+    clean, output = craft.forward(model, torch.cat([x, points])).split(len(x))
+    loss = (1 - weight) * criterion(clean, y) + weight * criterion(output, y)
+    return _told(loss, points, output, y, criterion)
+
+
+@objective(classes_only=True)
+def trades(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: LpBall,
+    *,
+    beta: float = 6.0,
+    steps: int = 2,
+    step_size: float | None = None,
+    criterion: Criterion = CROSS_ENTROPY,
+    craft: Craft = PLAIN,
+) -> Outcome:
+    """L(f(x), y) + β·KL(f(x) ‖ f(x')), where x' raises the divergence.
+
+    The clean logits are computed once and held fixed while x' is sought.
+    Source: Zhang et al. (2019), there from x + 0.001·N(0, 1); here from `Craft.begin`.
+    """
+    points = craft.points
+    if points is None:
+        points = _diverging(model, x, y, threat, craft, steps, step_size)
+    clean, output = craft.forward(model, torch.cat([x, points])).split(len(x))
+    loss = criterion(clean, y) + beta * _divergence(clean, output)
+    return _told(loss, points, output, y, criterion)
+
+
+@objective(classes_only=True)
+def mart(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: LpBall,
+    *,
+    weight: float = 5.0,
+    steps: int = 2,
+    step_size: float | None = None,
+    criterion: Criterion = CROSS_ENTROPY,
+    craft: Craft = PLAIN,
+) -> Outcome:
+    """BCE(f(x'), y) + λ·KL(f(x) ‖ f(x'))·(1 − f_y(x)): misclassified samples weigh more.
+
+    BCE = −log p_y − log(1 − max_{k≠y} p_k). Source: Wang et al. (2020).
+    """
+    points = _crafted(model, x, y, threat, criterion, craft, steps, step_size)
+    clean, output = craft.forward(model, torch.cat([x, points])).split(len(x))
+    z = losses.two_columns(output)
+    rival = z.log_softmax(1).scatter(1, y[:, None], -torch.inf).amax(1)
+    boosted = criterion(output, y) - torch.log1p(-rival.exp().clamp(max=1 - 1e-6))
+    doubt = 1 - losses.two_columns(clean).softmax(1).gather(1, y[:, None]).squeeze(1)
+    loss = boosted + weight * _divergence(clean, output) * doubt
+    return _told(loss, points, output, y, criterion)
+
+
+@objective(classes_only=True)
+def margin(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: LpBall,
+    *,
+    width: float = 2.0,
+    weight: float = 1.0,
+    steps: int = 2,
+    step_size: float | None = None,
+    criterion: Criterion = CROSS_ENTROPY,
+    craft: Craft = PLAIN,
+) -> Outcome:
+    """L(f(x), y) + w·softplus(m − (z_y − max_{j≠y} z_j)(x')): a margin m, and no divergence."""
+    points = _crafted(model, x, y, threat, criterion, craft, steps, step_size)
+    clean, output = craft.forward(model, torch.cat([x, points])).split(len(x))
+    gap = losses.margin(output, y)
+    loss = criterion(clean, y) + weight * functional.softplus(width - gap)
+    return _told(loss, points, output, y, criterion)
+
+
+@objective(single_step=True)
+def grad_align(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: LpBall,
+    *,
+    weight: float = 0.2,
+    step_size: float = 1.25,
+    criterion: Criterion = CROSS_ENTROPY,
+    craft: Craft = PLAIN,
+) -> Outcome:
+    """`fgsm` + λ·(1 − cos(∇ₓL(x), ∇ₓL(x + η))): gradients that agree within the threat.
+
+    Costs a second derivative. Source: Andriushchenko and Flammarion (2020).
+    """
+    points = _crafted(model, x, y, threat, criterion, craft, 1, step_size)
+    output = craft.forward(model, points)
+    other = x + threat.sample(x, _tensor.fold(_tensor.keys(craft.keys, x), 1))
+    here, there = (_differentiable_slope(model, p, y, criterion, craft) for p in (x, other))
+    apart = 1 - functional.cosine_similarity(here, there, dim=1)
+    return _told(criterion(output, y) + weight * apart, points, output, y, criterion)
+
+
+def _diverging(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: LpBall,
+    craft: Craft,
+    steps: int,
+    step_size: float | None,
+) -> Tensor:
+    network = craft.network(model)
+    with torch.no_grad(), evaluating(network):
+        target = losses.two_columns(craft.forward(network, x)).softmax(1)
+    size = step_size if step_size is not None else 1.25 if steps == 1 else 2.5 / steps
+    start = craft.begin(x, threat)
+    aim = Divergence(target)
+    return ascend(model, x, y, threat, aim, start=start, steps=steps, step_size=size, craft=craft)
+
+
+def _divergence(clean: Tensor, output: Tensor) -> Tensor:
+    """KL(softmax(clean) ‖ softmax(output)) of each sample."""
+    one, two = (losses.two_columns(z).log_softmax(1) for z in (clean, output))
+    return (one.exp() * (one - two)).sum(1)
+
+
+def _differentiable_slope(
+    model: nn.Module, point: Tensor, y: Tensor, criterion: Criterion, craft: Craft
+) -> Tensor:
+    leaf = point.detach().requires_grad_()
+    loss = criterion(craft.forward(model, leaf), y)
+    (gradient,) = torch.autograd.grad(loss.sum(), leaf, create_graph=True)
+    return _tensor.flat(gradient)
