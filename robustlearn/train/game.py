@@ -53,7 +53,8 @@ class RobustGame:
             if replays > 1:
                 craft = replace(craft, points=_replayed(outcome.points, batch.x, threat))
         if self.memory is not None:
-            self.memory.put(batch.index, outcome.points.detach() - batch.x)
+            delta = outcome.points.detach() - batch.x
+            self.memory.put(turn.gather(batch.index), turn.gather(delta))
         return outcome.metrics
 
     def state(self) -> dict[str, Tensor]:
@@ -73,7 +74,7 @@ class RobustGame:
 
     def _play(self, batch: Any, threat: LpBall, craft: Craft, turn: Any) -> Outcome:
         play: Callable[..., Outcome] = OBJECTIVES[self.objective].function
-        model = self.modules["model"]
+        model = turn.module("model")
         given = {"criterion": self.criterion, **self.options}
         moved: Any = contextlib.nullcontext()
         if self.awp and turn.progress >= self.ramp:
