@@ -10,7 +10,7 @@ import numpy as np
 from robustlearn.errors import InputError
 
 BUILT_IN = ("breast_cancer", "diabetes", "digits", "iris", "wine")
-KEYS = (("x", "y"), ("X", "y"), ("x_test", "y_test"), ("X_test", "y_test"))
+KEYS = (("x", "y"), ("X", "y"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +33,7 @@ class Dataset:
         )
 
 
-def load(source: str | Path, *, target: str | None = None) -> Dataset:
+def load(source: str | Path, *, target: str | None = None, part: str = "test") -> Dataset:
     """Load a built-in data set by name, an ``.npz`` file, or a ``.csv`` table.
 
     Parameters
@@ -41,6 +41,7 @@ def load(source: str | Path, *, target: str | None = None) -> Dataset:
     source : ``digits`` (1,797 images (1, 8, 8) in [0, 1]), ``breast_cancer``, ``wine``, ``iris``,
         ``diabetes`` (regression), or a path. An ``.npz`` holds arrays ``x`` and ``y`` (or ``X``
         and ``y``, or ``x_test`` and ``y_test``); it is never unpickled.
+    part : ``"test"`` or ``"train"``, of a file that holds both.
     target : name of the target column of a ``.csv``.
 
     Raises
@@ -63,7 +64,7 @@ def load(source: str | Path, *, target: str | None = None) -> Dataset:
         )
     suffix = "".join(path.suffixes[-2:]).lower()
     if suffix.endswith(".npz"):
-        dataset = _from_npz(path)
+        dataset = _from_npz(path, part)
     elif suffix.endswith((".csv", ".csv.gz")):
         dataset = _from_csv(path, target)
     else:
@@ -105,14 +106,15 @@ def _built_in(name: str) -> Dataset:
     return Dataset(name, bunch.data, bunch.target, tuple(map(str, bunch.feature_names)), classes)
 
 
-def _from_npz(path: Path) -> Dataset:
+def _from_npz(path: Path, part: str) -> Dataset:
     try:
         with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
-            pair = next((pair for pair in KEYS if set(pair) <= set(file.files)), None)
+            keys = (*KEYS, *((f"{x}_{part}", f"{y}_{part}") for x, y in KEYS))
+            pair = next((pair for pair in keys if set(pair) <= set(file.files)), None)
             if pair is None:
                 raise InputError(
                     f"{path.name} holds {', '.join(file.files) or 'nothing'}; expected arrays x "
-                    "and y (or X and y, or x_test and y_test)"
+                    f"and y (or X and y, or x_{part} and y_{part})"
                 )
             x, y = file[pair[0]], file[pair[1]]
     except ValueError as error:

@@ -19,6 +19,37 @@ class Entry:
     facts: Mapping[str, Any]
 
 
+def parsed(text: str) -> tuple[str, dict[str, Any]]:
+    """Read a name and its options; numbers and truth values as such, all else as text.
+
+    Examples
+    --------
+    >>> parsed("pgd:steps=20:loss=dlr")
+    ('pgd', {'steps': 20, 'loss': 'dlr'})
+    """
+    name, *given = text.strip().split(":")
+    options: dict[str, Any] = {}
+    for option in given:
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise InputError(f"write options as name:key=value; got {text!r}")
+        if key in options:
+            raise InputError(f"{key} is given twice in {text!r}")
+        options[key] = _value(value)
+    return name, options
+
+
+def _value(text: str) -> Any:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
 class Registry(Mapping[str, Entry]):
     """Functions of one kind by name, in order of registration.
 

@@ -221,6 +221,96 @@ def certify(
         screen.show_certificate(result, out)
 
 
+@app.command()
+def train(
+    model: Model,
+    data: Data,
+    eps: Eps,
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints, weights and the report.")],
+    norm: Norm = "linf",
+    lower: Lower = None,
+    upper: Upper = None,
+    target: Target = None,
+    objective: Annotated[
+        str, typer.Option(help="Objective with its options, as trades:beta=6:steps=3.")
+    ] = "pgd_at:steps=1:step_size=1",
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 30,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples a step, of all processes.")] = 64,
+    optimizer: Annotated[str, typer.Option(help="adamw or sgd.")] = "adamw",
+    lr: Annotated[float, typer.Option(help="Learning rate.", **Number)] = 1e-3,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay.", **Number)] = 0.0,
+    schedule: Annotated[str, typer.Option(help="constant, cosine, one_cycle or step.")] = (
+        "one_cycle"
+    ),
+    ramp: Annotated[float, typer.Option(help="Share of the steps in which ε grows.")] = 0.5,
+    memory: Annotated[
+        bool, typer.Option(help="Start at the perturbation of the epoch before.")
+    ] = True,
+    awp: Annotated[float, typer.Option(help="γ of adversarial weight perturbation.")] = 0.0,
+    ema: Annotated[float | None, typer.Option(help="Decay of a running mean of weights.")] = None,
+    precision: Annotated[str, typer.Option(help="float32, bf16 or fp16.")] = "float32",
+    compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
+    accumulate: Annotated[int, typer.Option(min=1, help="Batches a gradient is the mean of.")] = 1,
+    clip: Annotated[float | None, typer.Option(help="Largest norm of a gradient.")] = None,
+    validation: Annotated[float, typer.Option(help="Share held out to choose the epoch.")] = 0.1,
+    patience: Annotated[
+        int | None, typer.Option(min=1, help="Epochs without progress before it stops.")
+    ] = None,
+    on_overfitting: Annotated[str, typer.Option(help="warn or rollback.")] = "warn",
+    on_nonfinite: Annotated[str, typer.Option(help="skip, halve or stop.")] = "skip",
+    attacks: Annotated[
+        str, typer.Option(help="Evaluation at the end; none for none.")
+    ] = "standard",
+    tracker: Annotated[
+        list[str] | None, typer.Option(help="tensorboard, mlflow or wandb; may be repeated.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    seed: Seed = 0,
+    limit: Limit = None,
+    quiet: Quiet = False,
+    allow_pickle: Pickle = False,
+) -> None:
+    """Train a network for the worst case, and bound what came of it."""
+    from robustlearn.cli import inputs, training
+    from robustlearn.train import fit
+
+    samples, _ = inputs.samples(data, target, limit, seed, part="train")
+    network = training.network(inputs.model(model, task=None, allow_pickle=allow_pickle))
+    with training.watched(epochs, show=not quiet) as progress:
+        result = fit(
+            network,
+            (samples.x, samples.y),
+            inputs.threat(norm, eps, lower, upper),
+            objective=objective,
+            validation=validation,
+            epochs=epochs,
+            batch_size=batch_size,
+            optimizer=optimizer,
+            lr=lr,
+            weight_decay=weight_decay,
+            schedule=schedule,
+            ramp=ramp,
+            memory=memory,
+            awp=awp,
+            on_overfitting=on_overfitting,
+            seed=seed,
+            out=out,
+            attacks=None if attacks == "none" else attacks,
+            progress=progress,
+            ema=ema,
+            precision=precision,
+            compile=compile,
+            accumulate=accumulate,
+            clip=clip,
+            patience=patience,
+            on_nonfinite=on_nonfinite,
+            trackers=tracker or (),
+            resume=resume,
+        )
+    if not quiet:
+        training.show(result, out)
+
+
 @app.command("fit-linear")
 def fit_linear(
     data: Data,

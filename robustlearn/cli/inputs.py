@@ -31,10 +31,10 @@ __all__ = ["certificate", "model", "plain", "samples", "state", "threat", "write
 
 
 def samples(
-    source: str, target: str | None, limit: int | None, seed: int
+    source: str, target: str | None, limit: int | None, seed: int, *, part: str = "test"
 ) -> tuple[data.Dataset, np.ndarray]:
     """Load a data set, or a random part of it, and the numbers of its samples."""
-    dataset = data.load(source, target=target)
+    dataset = data.load(source, target=target, part=part)
     indices = np.arange(len(dataset))
     if limit is not None and limit < len(dataset):
         indices = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:limit])

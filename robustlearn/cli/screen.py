@@ -22,13 +22,14 @@ def progress(*, show: bool) -> Iterator[Callable[[str, int, int], None]]:
     if not show:
         yield lambda stage, done, total: None
     elif sys.stderr.isatty():
-        with _bars() as bars:
-            yield _Bars(bars)
+        with bars() as shown:
+            yield _Bars(shown)
     else:
         yield _Lines()
 
 
-def _bars() -> Progress:
+def bars() -> Progress:
+    """Return bars with the time that is left."""
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),

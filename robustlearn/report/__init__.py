@@ -8,6 +8,7 @@ from robustlearn.report.comparison import SCHEMA, compared, comparison_table, co
 from robustlearn.report.files import plain, write
 from robustlearn.report.page import comparison_page, page
 from robustlearn.report.table import figure, table
+from robustlearn.report.training import training_page, write_training
 
 __all__ = [
     "SCHEMA",
@@ -20,5 +21,7 @@ __all__ = [
     "page",
     "plain",
     "table",
+    "training_page",
     "write",
+    "write_training",
 ]

@@ -121,6 +121,23 @@ def trace(evaluation: dict[str, Any]) -> Markup | None:
     return _svg(draw, "Loss against iteration")
 
 
+def epochs(rows: list[dict[str, Any]], names: list[str]) -> Markup | None:
+    """What was told of each epoch, a curve a name."""
+    if not rows or not names:
+        return None
+    colours = {"clean": SAFE, "single": OPEN, "robust": BROKEN}
+
+    def draw(axes: Any) -> None:
+        at = [row["epoch"] + 1 for row in rows]
+        for name in names:
+            values = _known([row["told"].get(name) for row in rows])
+            axes.plot(at, values, color=colours.get(name, "0.3"), label=name, marker=".")
+        axes.set(xlabel="epoch")
+        axes.legend(frameon=False)
+
+    return _svg(draw, ", ".join(names) + " against epoch")
+
+
 def pictures(x: Any, x_adv: Any) -> dict[str, str] | None:
     """Before, after and their difference as PNG data, or None if samples are not images."""
     before, after = _image(np.array(x, dtype=float)), _image(np.array(x_adv, dtype=float))

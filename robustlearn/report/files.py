@@ -21,12 +21,12 @@ def write(document: dict[str, Any], arrays: Mapping[str, np.ndarray], folder: Pa
     """
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(document, indent=1, allow_nan=False)
-    _replace(folder / "report.json", text.encode())
-    _replace(folder / "samples.csv", samples_csv(document).encode())
+    replace_file(folder / "report.json", text.encode())
+    replace_file(folder / "samples.csv", samples_csv(document).encode())
     packed = io.BytesIO()
     np.savez_compressed(packed, **arrays)  # type: ignore[arg-type]
-    _replace(folder / "adversarial.npz", packed.getvalue())
-    _replace(folder / "report.html", page(document).encode())
+    replace_file(folder / "adversarial.npz", packed.getvalue())
+    replace_file(folder / "report.html", page(document).encode())
     return folder
 
 
@@ -53,7 +53,8 @@ def samples_csv(document: dict[str, Any]) -> str:
     return out.getvalue()
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file beside its place and rename it, so that it is never half written."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)

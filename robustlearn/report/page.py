@@ -17,7 +17,7 @@ SHOWN_CLASSES = 20
 def page(document: dict[str, Any]) -> str:
     """Render a document; every name in it is escaped, and nothing is fetched from a network."""
     evaluations = [_view(evaluation) for evaluation in document["evaluations"]]
-    return str(_template().render(document=document, evaluations=evaluations))
+    return str(template().render(document=document, evaluations=evaluations))
 
 
 def comparison_page(first: dict[str, Any], second: dict[str, Any]) -> str:
@@ -30,14 +30,15 @@ def comparison_page(first: dict[str, Any], second: dict[str, Any]) -> str:
     evaluations = [document["evaluations"][0] for document in (first, second)]
     curves = figures.curves(evaluations, result["models"])
     return str(
-        _template("comparison.html").render(
+        template("comparison.html").render(
             c=result, conclusion=conclusion(result), figures=shares, curves=curves
         )
     )
 
 
 @functools.cache
-def _template(name: str = "page.html") -> Any:
+def template(name: str = "page.html") -> Any:
+    """Return a template of this folder, in which every name is escaped."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(

@@ -15,6 +15,8 @@ from robustlearn.train.memory import Memory
 from robustlearn.train.objectives import OBJECTIVES, Criterion, Outcome
 from robustlearn.train.weights import perturbed
 
+LONGER = 4  # steps of an ascent once single ones have failed
+
 
 @dataclass
 class RobustGame:
@@ -25,6 +27,7 @@ class RobustGame:
     modules, optimizers : ``{"model": …}``, as the loop has them.
     threat : of all training samples; its budget is reached after the share ``ramp`` of all steps.
     memory : keeps the perturbations of the epoch before as starts; None for random starts.
+    guarded : whether the best weights are kept, for `roll_back`.
     awp : γ of the adversarial weight perturbation, once the ramp has ended; 0 for none.
     """
 
@@ -37,6 +40,9 @@ class RobustGame:
     ramp: float = 0.0
     memory: Memory | None = None
     awp: float = 0.0
+    guarded: bool = False
+    good: dict[str, Tensor] = field(default_factory=dict)
+    rolled_back: bool = False
 
     def step(self, batch: Any, turn: Any) -> dict[str, Tensor]:
         """Play a mini-batch; return the metrics of each sample (n,)."""
@@ -57,14 +63,38 @@ class RobustGame:
             self.memory.put(turn.gather(batch.index), turn.gather(delta))
         return outcome.metrics
 
+    def remember(self) -> None:
+        """Keep the weights as they are, if they may be asked for again."""
+        if self.guarded:
+            weights = self.modules["model"].state_dict()
+            self.good = {name: value.detach().clone() for name, value in weights.items()}
+
+    def roll_back(self) -> bool:
+        """Return to the weights that were kept, and to several steps; False if that is done."""
+        if self.rolled_back or not self.good:
+            return False
+        self.modules["model"].load_state_dict(self.good)
+        self._climb_longer()
+        return True
+
     def state(self) -> dict[str, Tensor]:
         """Return what is remembered between steps."""
-        return {} if self.memory is None else {"perturbations": self.memory.kept}
+        kept = {} if self.memory is None else {"perturbations": self.memory.kept}
+        good = {f"good.{name}": value for name, value in self.good.items()}
+        return {**kept, **good, "rolled_back": torch.tensor(self.rolled_back)}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Take up what was remembered."""
         if self.memory is not None:
             self.memory.kept.copy_(state["perturbations"])
+        prefix = "good."
+        self.good = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        if bool(state["rolled_back"]):
+            self._climb_longer()
+
+    def _climb_longer(self) -> None:
+        self.rolled_back = True
+        self.objective, self.options = "pgd_at", {"steps": LONGER}
 
     def _threat(self, index: Tensor, progress: float) -> LpBall:
         threat = self.threat.select(index)

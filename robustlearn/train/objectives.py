@@ -1,6 +1,7 @@
 """What is minimised: pure functions ``(model, x, y, threat) -> Outcome``, one row a sample."""
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ from torch.nn import functional
 
 from robustlearn import _tensor, losses
 from robustlearn.errors import InputError
-from robustlearn.registry import Registry
+from robustlearn.registry import Registry, parsed
 from robustlearn.threats import LpBall
 from robustlearn.train.inner import Craft, Divergence, ascend, evaluating
 
@@ -83,6 +84,7 @@ class Criterion:
         return losses.squared_error.look(output, y.to(output.dtype))
 
 
+OWN = ("steps", "step_size", "noise", "beta", "weight", "width")  # options of objectives
 CROSS_ENTROPY, PLAIN = Criterion(), Craft()
 
 
@@ -90,6 +92,31 @@ def _huber(error: Tensor, knee: float) -> Tensor:
     """e² up to the knee k, 2k|e| − k² beyond."""
     size = error.abs()
     return torch.where(size <= knee, size.square(), 2 * knee * size - knee**2)
+
+
+def options_of(text: str) -> tuple[str, dict[str, Any]]:
+    """Read an objective as text.
+
+    Raises
+    ------
+    InputError for an objective or an option that there is not.
+
+    Examples
+    --------
+    >>> options_of("trades:beta=5:steps=3")
+    ('trades', {'beta': 5, 'steps': 3})
+    """
+    name, options = parsed(text)
+    known = inspect.signature(OBJECTIVES[name].function).parameters
+    own = [key for key in known if key in OWN]
+    for key, value in options.items():
+        if key not in own:
+            raise InputError(f"{name} has no option {key!r}; it has {', '.join(own) or 'none'}")
+        whole = key == "steps"
+        if not isinstance(value, int if whole else int | float) or not 0 <= value < math.inf:
+            kind = "a whole number" if whole else "a number"
+            raise InputError(f"{name}: {key} must be {kind}, at least 0; got {value!r}")
+    return name, options
 
 
 def objective(

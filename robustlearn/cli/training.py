@@ -1,0 +1,71 @@
+"""What `robustlearn train` does beside `robustlearn.fit`: the network, and a bar to watch."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+from torch import nn
+
+from robustlearn.cli.screen import bars
+from robustlearn.errors import InputError
+from robustlearn.loop import Moment
+from robustlearn.models import Model, TorchModel
+from robustlearn.train import TrainingResult
+
+RECENT = 50  # steps between two looks at the metrics, which wait for the device
+
+
+def network(model: Model) -> nn.Module:
+    """Return the torch module that can be trained."""
+    if not isinstance(model, TorchModel) or not isinstance(model.source, nn.Module):
+        raise InputError(
+            f"training needs a torch network, and {model.name} is none; linear models are trained "
+            "by robustlearn fit-linear"
+        )
+    return model.source
+
+
+@contextlib.contextmanager
+def watched(epochs: int, *, show: bool) -> Iterator[Callable[[Moment], None] | None]:
+    """Yield what is told of each step: a bar with the time left, or a line an epoch."""
+    if not show:
+        yield None
+    elif sys.stderr.isatty():
+        with bars() as shown:
+            yield _Bar(shown, epochs)
+    else:
+        yield _line
+
+
+class _Bar:
+    """One bar over all steps."""
+
+    def __init__(self, shown: Any, epochs: int) -> None:
+        self.shown, self.epochs = shown, epochs
+        self.task = shown.add_task("training", total=None)
+
+    def __call__(self, moment: Moment) -> None:
+        done = moment.epoch * moment.steps + moment.step
+        text: dict[str, Any] = {}
+        if moment.step % RECENT == 0 or moment.step == moment.steps:
+            means = ", ".join(f"{k} {v:.3g}" for k, v in moment.means().items())
+            text["description"] = f"epoch {moment.epoch + 1}/{self.epochs}: {means}"
+        self.shown.update(self.task, completed=done, total=self.epochs * moment.steps, **text)
+
+
+def _line(moment: Moment) -> None:
+    if moment.step == moment.steps:
+        means = ", ".join(f"{name} {value:.3g}" for name, value in moment.means().items())
+        sys.stderr.write(f"epoch {moment.epoch + 1}: {means}\n")
+        sys.stderr.flush()
+
+
+def show(result: TrainingResult, out: Path) -> None:
+    """Print what came of it, and where it is."""
+    console = Console()
+    console.print(Text(str(result)))
+    console.print(Text(f"weights: {out / 'model.safetensors'}, report: {out / 'training.html'}"))

@@ -1,0 +1,293 @@
+"""From a fragile network to a robust one: data, game, loop, and the figure at the end."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robustlearn import _tensor
+from robustlearn.errors import InputError
+from robustlearn.evaluate import Report, evaluate
+from robustlearn.loop import History, Moment, Samples, play
+from robustlearn.report import write_training
+from robustlearn.threats import LpBall
+from robustlearn.train.game import RobustGame
+from robustlearn.train.memory import Memory
+from robustlearn.train.objectives import Criterion, options_of
+from robustlearn.train.validation import Standing, validate
+
+FIGURE = "robust"  # what decides which epoch is the best
+MOST_HELD_OUT = 1000
+ON_OVERFITTING = ("warn", "rollback")
+Held = tuple[Tensor, Tensor]
+
+
+@dataclass(eq=False)
+class TrainingResult:
+    """A trained network, how it came about, and what it is worth.
+
+    Attributes
+    ----------
+    model : the network with the weights of the best epoch (their running mean, if ``ema``).
+    history : rows per epoch; see `robustlearn.loop.History`.
+    report : the two-sided figure on the samples that were held out; None if not asked for.
+    settings : what training was asked for, as plain values.
+    """
+
+    model: nn.Module
+    history: History
+    report: Report | None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write training.json and training.html, and the report of the evaluation beside it."""
+        document = {
+            "model": type(self.model).__name__,
+            "settings": self.settings,
+            "rows": self.history.rows,
+            "best": self.history.best,
+            "stopped": self.history.stopped,
+            "evaluated": self.report is not None,
+        }
+        if self.report is not None:
+            self.report.save(folder)
+        return write_training(document, Path(folder))
+
+    def __str__(self) -> str:
+        rows, best = self.history.rows, self.history.best
+        seconds = sum(row["seconds"] for row in rows)
+        lines = [f"{len(rows)} epochs in {seconds:.0f} s, {self.history.stopped}"]
+        if best is not None and rows[best]["validation"]:
+            figures = ", ".join(f"{k} {v:.3g}" for k, v in rows[best]["validation"].items())
+            lines.append(f"best epoch {best + 1}: {figures}")
+        return "\n".join([*lines, *([] if self.report is None else [str(self.report)])])
+
+
+def fit(
+    net: nn.Module,
+    train: Any,
+    threat: LpBall,
+    *,
+    objective: str = "pgd_at:steps=1:step_size=1",
+    validation: Any = 0.1,
+    epochs: int = 30,
+    batch_size: int | None = None,
+    optimizer: str | Callable[..., torch.optim.Optimizer] = "adamw",
+    lr: float = 1e-3,
+    weight_decay: float = 0.0,
+    schedule: str = "one_cycle",
+    ramp: float = 0.5,
+    memory: bool | str | Path = True,
+    awp: float = 0.0,
+    criterion: Criterion | str | None = None,
+    on_overfitting: str = "warn",
+    seed: int = 0,
+    out: str | Path | None = None,
+    attacks: str | None = "standard",
+    progress: Callable[[Moment], None] | None = None,
+    **options: Any,
+) -> TrainingResult:
+    """min over weights of the mean over samples of max over the threat of a loss.
+
+    Parameters
+    ----------
+    net : trained in place; ends with the weights of the best epoch.
+    train : (x, y) as arrays or tensors, a torch ``Dataset``, a ``DataLoader``, or `loop.Samples`
+        (weights of classes, extra data, augmentation).
+    threat : what the adversary may do.
+    objective : name of an objective with its options, as ``"trades:beta=6:steps=3"``; they are
+        `robustlearn.train.OBJECTIVES`.
+    validation : (x, y) to choose the best epoch on; or the share of (x, y) in ``train`` to hold
+        out for that, at most 1,000 samples; or None.
+    batch_size : 64 by default: small batches do better than large ones at equal cost.
+    optimizer : ``"adamw"``, ``"sgd"`` (Nesterov, momentum 0.9), or ``parameters -> Optimizer``.
+    schedule, seed, out, **options : as for `robustlearn.loop.play` (resume, patience, precision,
+        compile, ema, clip, accumulate, trackers, on_nonfinite, save_every).
+    ramp : share of the steps during which ε grows to its full size; without it training at a
+        large ε may stay at chance.
+    memory : whether each sample's perturbation of the epoch before is where the next ascent
+        starts; a folder or file name keeps them on disk. Not with augmentation.
+    awp : γ of the adversarial weight perturbation; 0 for none.
+    criterion : ``"cross_entropy"``, ``"squared"``, ``"huber"`` or a `Criterion`; by default the
+        first for whole labels and the second for others.
+    on_overfitting : when a single step finds little that stands under attack, warn; or roll back
+        to the best weights and go on with four steps an ascent.
+    attacks : of the evaluation at the end on the samples held out; None for none.
+
+    Returns
+    -------
+    TrainingResult. The figures of its rows are upper bounds from a cheap attack, to choose an
+    epoch by; that of its report is the one to tell.
+
+    Raises
+    ------
+    InputError for options that do not fit each other.
+
+    Examples
+    --------
+    >>> x = torch.rand(200, 2, generator=torch.Generator().manual_seed(0))
+    >>> y = (x[:, 0] > 0.5).long()
+    >>> net = nn.Linear(2, 2)
+    >>> result = fit(net, (x, y), LpBall(2, 0.05), epochs=5, lr=0.1, attacks="quick")
+    >>> result.report.attacked.value > 0.7
+    True
+    """
+    name, chosen = options_of(objective)
+    if isinstance(threat.eps, Tensor):
+        raise InputError("give one budget for all samples: those held out have none of their own")
+    dtype = next(net.parameters()).dtype
+    samples, held = _parts(train, validation, seed, dtype)
+    game = RobustGame(
+        modules={"model": net},
+        optimizers={"model": _optimizer(optimizer, net, lr, weight_decay)},
+        objective=name,
+        options=chosen,
+        threat=threat,
+        criterion=_criterion(criterion, samples),
+        ramp=_share("ramp", ramp),
+        memory=_memory(memory, samples, name, out),
+        awp=awp,
+    )
+    watch = None if held is None else _Watch(game, *held, on_overfitting, seed)
+    game.guarded = on_overfitting == "rollback"
+    settings = {
+        "objective": objective,
+        "threat": str(threat),
+        "epochs": epochs,
+        "seed": seed,
+        "ramp": ramp,
+        "memory": game.memory is not None,
+        "awp": awp,
+        "criterion": game.criterion.kind,
+        "on_overfitting": on_overfitting,
+    }
+    history = play(
+        game,
+        samples,
+        epochs=epochs,
+        batch_size=batch_size or samples.batch_size or 64,
+        seed=seed,
+        schedule=schedule,
+        validate=watch,
+        figure=None if watch is None else FIGURE,
+        out=out,
+        progress=progress,
+        settings=settings,
+        **options,
+    )
+    net.load_state_dict(history.weights["model"])
+    report = None
+    if held is not None and attacks is not None:
+        report = evaluate(net, *held, threat, attacks=attacks, seed=seed, data="held out")
+    result = TrainingResult(net.eval(), history, report, settings)
+    if out is not None:
+        result.save(out)
+    return result
+
+
+class _Watch:
+    """Validates each epoch, and looks for catastrophic overfitting."""
+
+    def __init__(self, game: RobustGame, x: Tensor, y: Tensor, policy: str, seed: int) -> None:
+        if policy not in ON_OVERFITTING:
+            raise InputError(
+                f"on_overfitting is one of {', '.join(ON_OVERFITTING)}; got {policy!r}"
+            )
+        self.game, self.x, self.y, self.policy, self.seed = game, x, y, policy, seed
+        self.best: Standing | None = None
+
+    def __call__(self, modules: Mapping[str, nn.Module]) -> dict[str, float]:
+        """Return the figures of an epoch."""
+        net = modules["model"]
+        device = next(net.parameters()).device
+        x, y = self.x.to(device), self.y.to(device)
+        found = validate(net, x, y, self.game.threat, seed=self.seed)
+        if found.overfitted(self.best):
+            self._overfitted(found)
+        if self.best is None or found.robust > self.best.robust:
+            self.best = found
+            self.game.remember()
+        return {"clean": found.clean, "single": found.single, "robust": found.robust}
+
+    def _overfitted(self, found: Standing) -> None:
+        said = (
+            f"catastrophic overfitting: {found.single:.1%} stand after a single step, "
+            f"{found.robust:.1%} after an attack of several and a search without gradients"
+        )
+        if self.policy == "rollback" and self.game.roll_back():
+            warnings.warn(f"{said}; back to the best weights, with more steps", stacklevel=2)
+        else:
+            warnings.warn(f"{said}; use more steps, or on_overfitting='rollback'", stacklevel=2)
+
+
+def _parts(
+    train: Any, validation: Any, seed: int, dtype: torch.dtype
+) -> tuple[Samples, Held | None]:
+    """Return the samples to train on, and those held out."""
+    if validation is None or not isinstance(validation, float | int):
+        held = None if validation is None else _pair(validation, dtype)
+        paired = isinstance(train, tuple | list) and len(train) == 2
+        return Samples.of(_pair(train, dtype) if paired else train), held
+    share = _share("validation", float(validation))
+    if not (isinstance(train, tuple | list) and len(train) == 2):
+        raise InputError(
+            "a share can be held out of arrays (x, y) only: give validation=(x, y), or None"
+        )
+    x, y = _pair(train, dtype)
+    count = min(MOST_HELD_OUT, int(share * len(x)))
+    if count == 0:
+        return Samples((x, y)), None
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    kept, out = order[count:].sort().values, order[:count].sort().values
+    return Samples((x[kept], y[kept])), (x[out], y[out])
+
+
+def _pair(data: Sequence[Any], dtype: torch.dtype) -> Held:
+    """Return x in the network's dtype, and y, whole labels as such."""
+    x, y = (_tensor.as_tensor(part, name) for part, name in zip(data, "xy", strict=True))
+    return x.to(dtype), y.to(dtype) if y.is_floating_point() else y.long()
+
+
+def _share(name: str, value: float) -> float:
+    if not 0 <= value < 1:
+        raise InputError(f"{name} is a share, at least 0 and under 1; got {value:g}")
+    return value
+
+
+def _optimizer(
+    chosen: str | Callable[..., torch.optim.Optimizer], net: nn.Module, lr: float, decay: float
+) -> torch.optim.Optimizer:
+    if callable(chosen):
+        return chosen(net.parameters())
+    if chosen == "adamw":
+        return torch.optim.AdamW(net.parameters(), lr, weight_decay=decay)
+    if chosen == "sgd":
+        return torch.optim.SGD(
+            net.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=decay
+        )
+    raise InputError(f"an optimizer is adamw, sgd or a function of parameters; got {chosen!r}")
+
+
+def _criterion(chosen: Criterion | str | None, samples: Samples) -> Criterion:
+    if isinstance(chosen, Criterion):
+        return chosen
+    if chosen is not None:
+        return Criterion(chosen)
+    _, y = next(samples.fetch([torch.tensor([0])], 0, 0))
+    return Criterion("squared" if torch.as_tensor(y).is_floating_point() else "cross_entropy")
+
+
+def _memory(
+    wanted: bool | str | Path, samples: Samples, objective: str, out: str | Path | None
+) -> Memory | None:
+    if wanted is False or objective in ("standard", "free", "n_fgsm"):
+        return None
+    if samples.augment is not None:
+        raise InputError("kept perturbations belong to unchanged samples: memory=False to augment")
+    x, _ = next(samples.fetch([torch.tensor([0])], 0, 0))
+    file = None if wanted is True else Path(wanted)
+    return Memory(sum(samples._lengths), tuple(x.shape[1:]), file)
