@@ -1,0 +1,97 @@
+"""The options of a run, what they must be, and what must not change on resume."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from robustlearn.errors import InputError
+from robustlearn.loop.samples import Samples
+from robustlearn.loop.schedules import rate
+from robustlearn.loop.sides import plain
+from robustlearn.loop.turn import DTYPES, ON_NONFINITE, Game
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `play` was asked for, as far as the weights depend on it."""
+
+    epochs: int
+    batch_size: int
+    seed: int
+    precision: str
+    compile: bool
+    accumulate: int
+    ema: float | None
+    clip: float | None
+    schedule: str
+    on_nonfinite: str
+    patience: int | None
+    figure: str | None
+
+    def check(self, game: Game, *, validated: bool) -> None:
+        """Raise an InputError for options that cannot be."""
+        counts = {"epochs": self.epochs, "accumulate": self.accumulate, "patience": self.patience}
+        for name, value in counts.items():
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1; got {value}")
+        if self.batch_size < 1:
+            raise InputError(
+                f"batch_size must be at least 1; got {self.batch_size} (a DataLoader may give it)"
+            )
+        if self.precision not in DTYPES:
+            raise InputError(f"precision is one of {', '.join(DTYPES)}; got {self.precision!r}")
+        if self.on_nonfinite not in ON_NONFINITE:
+            raise InputError(
+                f"on_nonfinite is one of {', '.join(ON_NONFINITE)}; got {self.on_nonfinite!r}"
+            )
+        if self.ema is not None and not 0 <= self.ema < 1:
+            raise InputError(f"ema is a decay in [0, 1); got {self.ema}")
+        if self.clip is not None and not self.clip > 0:
+            raise InputError(f"clip is the largest norm of a gradient, above 0; got {self.clip}")
+        rate(self.schedule, 0.0)
+        if not validated and (self.patience is not None or self.figure is not None):
+            raise InputError("patience and figure look at validation figures: give validate too")
+        if strangers := sorted(set(game.optimizers) - set(game.modules)):
+            raise InputError(
+                f"the optimizers {strangers} belong to no module; the game has {list(game.modules)}"
+            )
+
+    def asked(self, game: Game, samples: Samples) -> dict[str, Any]:
+        """Return what a checkpoint is a checkpoint of, as plain values."""
+        optimizers = {
+            name: [type(optimizer).__name__, *map(plain, optimizer.state_dict()["param_groups"])]
+            for name, optimizer in game.optimizers.items()
+        }
+        modules = {
+            name: {key: list(value.shape) for key, value in module.state_dict().items()}
+            for name, module in game.modules.items()
+        }
+        return {
+            **asdict(self),
+            "data": samples.fingerprint(),
+            "optimizers": optimizers,
+            "modules": modules,
+        }
+
+
+def compare(before: Mapping[str, Any], now: Mapping[str, Any], place: str) -> None:
+    """Raise an InputError that names what changed since the checkpoint in ``place``."""
+    now = json.loads(json.dumps(now))
+    for group, reason in (
+        ("version", "was written by other code ({}): install that, or start in another folder"),
+        ("asked", "is of another run ({}): ask for what it asked for, or use another folder"),
+    ):
+        old, new = before[group], now[group]
+        differ = [
+            f"{name} was {_short(old.get(name))}, is {_short(new.get(name))}"
+            for name in sorted({*old, *new})
+            if old.get(name) != new.get(name)
+        ]
+        if differ:
+            raise InputError(f"the checkpoint in {place} " + reason.format("; ".join(differ)))
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"

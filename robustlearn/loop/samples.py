@@ -1,0 +1,258 @@
+"""Which samples are in which batch, and how they are fetched."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, TensorDataset
+
+from robustlearn import _tensor
+from robustlearn.errors import InputError
+from robustlearn.loop.randomness import generator, mixed, seeded
+
+Augment = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """The samples of one process in one step.
+
+    Parameters
+    ----------
+    index : (n,) int64, the samples' numbers; extra data is numbered on after the data itself.
+    x, y : (n, *shape) and (n, *); y is (n, 0) where the data has no labels.
+    total : number of samples of the step over all processes.
+    """
+
+    index: Tensor
+    x: Tensor
+    y: Tensor
+    total: int
+
+
+class Samples:
+    """Samples in batches: each epoch a permutation, or draws with weights.
+
+    Sample i is drawn with probability wᵢ/Σw, n times an epoch with replacement; without weights
+    every sample comes exactly once. With extra data a share ``ratio`` of every batch is extra,
+    and an epoch is one pass over the data itself. The batches of an epoch are of equal size, up
+    to one sample, so that none is a leftover. All this is a function of (seed, epoch) alone.
+
+    Parameters
+    ----------
+    data : a pair (x, y) or x alone, as arrays or tensors; a torch ``Dataset`` of pairs (x, y); or a
+        ``DataLoader``, of which dataset, batch_size, collate_fn, num_workers and pin_memory are
+        used: its sampler is replaced.
+    weights : class -> weight (labels in memory are needed), or one weight per sample.
+    extra : more data of the same kind, mixed in.
+    ratio : the share of extra samples in a batch, 0 ≤ ratio < 1.
+    augment : (x, keys) -> x on the device, with one random key per sample
+        (``robustlearn._tensor.uniform`` and ``normal`` make numbers of them).
+
+    Raises
+    ------
+    InputError for data without samples, x and y of different lengths, a data set without
+    numbered samples, a weight that is negative or of a class without samples.
+
+    Examples
+    --------
+    >>> samples = Samples((torch.arange(5.0)[:, None], torch.tensor([0, 0, 1, 1, 1])))
+    >>> [len(batch) for batch in samples.batches(seed=0, epoch=0, batch_size=2)]
+    [2, 2, 1]
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        *,
+        weights: Mapping[int, float] | Sequence[float] | Tensor | None = None,
+        extra: Any = None,
+        ratio: float = 0.0,
+        augment: Augment | None = None,
+    ) -> None:
+        self.batch_size: int | None = None
+        self.augment, self.ratio = augment, ratio
+        self._loading: dict[str, Any] = {}
+        if isinstance(data, DataLoader):
+            self.batch_size = data.batch_size
+            self._loading = {
+                "collate_fn": data.collate_fn,
+                "num_workers": data.num_workers,
+                "pin_memory": data.pin_memory,
+            }
+            data = data.dataset
+        self._sources = [_source(part) for part in ([data] if extra is None else [data, extra])]
+        self._lengths = [_length(source) for source in self._sources]
+        self._cumulated = None if weights is None else self._weights(weights).cumsum(0)
+        if not (0 <= ratio < 1 and (ratio > 0) == (extra is not None)):
+            raise InputError(
+                "ratio is the share of extra samples in a batch: expected 0 < ratio < 1 with extra "
+                f"data and 0 without, got {ratio:g} {'without' if extra is None else 'with'} it"
+            )
+
+    @classmethod
+    def of(cls, data: Any) -> "Samples":
+        """Return data as samples, if it is not so already."""
+        return data if isinstance(data, Samples) else cls(data)
+
+    def __len__(self) -> int:
+        return self._lengths[0]
+
+    def fingerprint(self) -> str:
+        """Return a hash of the sizes, the options and of up to 64 samples in memory."""
+        facts = [self._lengths, self.ratio, self.augment is not None]
+        digest = hashlib.sha256(repr(facts).encode())
+        for values in [value for source in self._sources if _held(source) for value in source]:
+            rows = values[:: max(1, len(values) // 64)].cpu().contiguous()
+            digest.update(rows.reshape(-1).view(torch.uint8).numpy().data)
+        if self._cumulated is not None:
+            digest.update(self._cumulated.numpy().data)
+        return digest.hexdigest()[:16]
+
+    def batches(self, seed: int, epoch: int, batch_size: int) -> list[Tensor]:
+        """Return the sample numbers of each batch of an epoch."""
+        source = generator(seed, "order", epoch)
+        steps, extras = self._plan(batch_size)
+        own = torch.tensor_split(self._draw(source), steps)
+        if not extras:
+            return list(own)
+        n, count = self._lengths
+        rounds = [torch.randperm(count, generator=source) for _ in range(-(-extras // count))]
+        more = torch.tensor_split(n + torch.cat(rounds)[:extras], steps)
+        return [torch.cat(pair) for pair in zip(own, more, strict=True)]
+
+    def steps(self, batch_size: int) -> int:
+        """Return the number of batches of an epoch."""
+        return self._plan(batch_size)[0]
+
+    def fetch(self, batches: list[Tensor], seed: int, epoch: int) -> Iterator[tuple[Any, Any]]:
+        """Yield x and y of the given sample numbers, batch by batch."""
+        if all(_held(source) for source in self._sources):
+            return ((self._rows(index, 0), self._rows(index, 1)) for index in batches)
+        parts = [TensorDataset(*part) if _held(part) else part for part in self._sources]
+        plan = [[(int(i), mixed(seed, "sample", epoch, int(i))) for i in b] for b in batches]
+        loader = DataLoader(
+            _Seeded(ConcatDataset(parts)),
+            batch_sampler=plan,
+            generator=generator(seed, "loader", epoch),
+            **self._loading,
+        )
+        return (_pair(collated) for collated in loader)
+
+    def _plan(self, batch_size: int) -> tuple[int, int]:
+        """Return the number of steps of an epoch, and how many samples of it are extra."""
+        n = len(self)
+        extras = round(n * self.ratio / (1 - self.ratio))
+        steps = -(-(n + extras) // batch_size)
+        while -(-n // steps) + -(-extras // steps) > batch_size and steps < n:
+            steps += 1
+        return steps, extras
+
+    def _draw(self, source: torch.Generator) -> Tensor:
+        if self._cumulated is None:
+            return torch.randperm(len(self), generator=source)
+        points = torch.rand(len(self), generator=source, dtype=torch.float64)
+        found = torch.searchsorted(self._cumulated, points * self._cumulated[-1], right=True)
+        return found.clamp_(max=len(self) - 1)
+
+    def _weights(self, weights: Any) -> Tensor:
+        if isinstance(weights, Mapping):
+            weights = self._per_class(weights)
+        values = torch.as_tensor(weights, dtype=torch.float64).cpu()
+        if values.shape != (len(self),):
+            raise InputError(
+                f"weights must hold one number per sample, shape ({len(self)},), or one per class "
+                f"as a mapping; got shape {tuple(values.shape)}"
+            )
+        if not bool((values >= 0).all() & values.isfinite().all() & (values.sum() > 0)):
+            raise InputError("weights must be finite and not negative, and not all zero")
+        return values
+
+    def _per_class(self, weights: Mapping[int, float]) -> Tensor:
+        source = self._sources[0]
+        if not _held(source) or source[1].dim() != 1:
+            raise InputError(
+                "weights of classes need the labels in memory as (n,); give one weight per sample"
+            )
+        labels = source[1].cpu()
+        present = {int(label) for label in labels.unique()}
+        if empty := sorted(set(weights) - present):
+            raise InputError(f"weights names classes without samples: {empty}; leave them out")
+        if missing := sorted(present - set(weights)):
+            raise InputError(f"weights leaves out the classes {missing}; give each a weight")
+        values = torch.zeros(len(labels), dtype=torch.float64)
+        for label, weight in weights.items():
+            values[labels == label] = weight
+        return values
+
+    def _rows(self, index: Tensor, which: int) -> Tensor:
+        """Gather x (0) or y (1) of some samples from the data and the extra data."""
+        first = self._sources[0][which]
+        if len(self._sources) == 1:
+            return first[index.to(first.device)]
+        own = index < len(self)
+        more = self._sources[1][which]
+        rows = first.new_empty((len(index), *first.shape[1:]))
+        rows[own.to(rows.device)] = first[index[own].to(first.device)]
+        rows[~own.to(rows.device)] = more[(index[~own] - len(self)).to(more.device)].to(rows)
+        return rows
+
+
+class _Seeded(Dataset):
+    """A data set whose random numbers are a function of the sample's own seed.
+
+    Otherwise augmentations that draw from global streams would depend on which worker had
+    fetched what before, and a resumed run would see other images.
+    """
+
+    def __init__(self, samples: Dataset) -> None:
+        self._samples = samples
+
+    def __getitem__(self, number: tuple[int, int]) -> Any:
+        index, seed = number
+        with seeded(seed):
+            return self._samples[index]
+
+
+def _source(data: Any) -> Any:
+    """Return a pair of tensors, or a data set with numbered samples."""
+    if isinstance(data, Samples):
+        raise InputError("extra must be data, not samples; weights and augment belong to the whole")
+    if isinstance(data, IterableDataset):
+        raise InputError(
+            "the samples of an IterableDataset have no numbers, so that its batches could not be "
+            "drawn nor resumed; give a data set with __getitem__ and __len__"
+        )
+    if isinstance(data, Dataset):
+        return data
+    pair = data if isinstance(data, tuple | list) and len(data) == 2 else (data, None)
+    x = _tensor.as_tensor(pair[0])
+    y = x.new_empty(len(x), 0) if pair[1] is None else _tensor.as_tensor(pair[1], "y")
+    if len(x) != len(y):
+        raise InputError(f"x has {len(x)} samples, y has {len(y)}; expected as many")
+    return x, y
+
+
+def _held(source: Any) -> bool:
+    return isinstance(source, tuple)
+
+
+def _length(source: Any) -> int:
+    length = len(source[0]) if _held(source) else len(source)
+    if length == 0:
+        raise InputError("the data holds no sample; expected at least one")
+    return length
+
+
+def _pair(collated: Any) -> tuple[Any, Any]:
+    """Return x and y of what a data loader gives, which may be x alone."""
+    if isinstance(collated, Tensor):
+        return collated, collated.new_empty(len(collated), 0)
+    if isinstance(collated, tuple | list) and len(collated) == 2:
+        return torch.as_tensor(collated[0]), torch.as_tensor(collated[1])
+    raise InputError(
+        f"a data set must give pairs (x, y), or x alone; got {type(collated).__name__}"
+    )
