@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from robustlearn.models import Model, wrap
     from robustlearn.tabular import Tabular
     from robustlearn.threats import LpBall
+    from robustlearn.train import TrainingResult, fit
 
 __all__ = [
     "Certificate",
@@ -26,8 +27,10 @@ __all__ = [
     "Model",
     "Report",
     "Tabular",
+    "TrainingResult",
     "certify",
     "evaluate",
+    "fit",
     "wrap",
 ]
 
@@ -38,8 +41,10 @@ _HOME = {
     "Model": "models",
     "Report": "evaluate",
     "Tabular": "tabular",
+    "TrainingResult": "train",
     "certify": "certify",
     "evaluate": "evaluate",
+    "fit": "train",
     "wrap": "models",
 }
 _MODULES = ("attacks", "data", "linear", "losses", "models", "tabular", "threats")

@@ -72,7 +72,7 @@ def fit(
     train: Any,
     threat: LpBall,
     *,
-    objective: str = "pgd_at:steps=1:step_size=1",
+    objective: str = "pgd_at:steps=1:step_size=0.5",
     validation: Any = 0.1,
     epochs: int = 30,
     batch_size: int | None = None,
