@@ -13,6 +13,7 @@ from robustlearn import _tensor
 from robustlearn.errors import InputError
 from robustlearn.evaluate import Report, evaluate
 from robustlearn.loop import History, Moment, Samples, play
+from robustlearn.models import wrap
 from robustlearn.report import write_training
 from robustlearn.threats import LpBall
 from robustlearn.train.game import RobustGame
@@ -182,7 +183,9 @@ def fit(
     net.load_state_dict(history.weights["model"])
     report = None
     if held is not None and attacks is not None:
-        report = evaluate(net, *held, threat, attacks=attacks, seed=seed, data="held out")
+        task = "classification" if game.criterion.classifies else "regression"
+        judged = wrap(net, task=task)
+        report = evaluate(judged, *held, threat, attacks=attacks, seed=seed, data="held out")
     result = TrainingResult(net.eval(), history, report, settings)
     if out is not None:
         result.save(out)

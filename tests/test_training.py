@@ -1,0 +1,275 @@
+"""`fit` and `robustlearn train`: known optima, exact resume, and what is refused."""
+
+import json
+import math
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from sklearn.datasets import load_diabetes, load_digits
+from torch import nn
+
+import robustlearn as rl
+from robustlearn.cli import run
+from robustlearn.linear import AdversarialRegressor
+from robustlearn.loop import Samples
+from robustlearn.train import Standing, fit
+from robustlearn.train import fit as fitting
+from robustlearn.train.objectives import Criterion, options_of
+from robustlearn.train.validation import validate
+
+BALL = rl.LpBall(math.inf, 0.15, lower=0.0, upper=1.0)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    x, y = load_digits(return_X_y=True)
+    return torch.tensor(x / 16).float(), torch.tensor(y)
+
+
+def network(seed=0, width=48):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
+
+
+def weights(net):
+    return torch.cat([w.detach().reshape(-1) for w in net.parameters()])
+
+
+# ---------------------------------------------------------------------- known truth
+
+
+def adversarial_loss(weight, bias, x, y, eps):
+    """mean of (|wᵀx + b − y| + ε‖w‖₁)²: the worst case for p = ∞."""
+    return float(((np.abs(x @ weight + bias - y) + eps * np.abs(weight).sum()) ** 2).mean())
+
+
+@pytest.mark.parametrize(("objective", "off"), [("pgd_at:steps=1:step_size=2", 1e-4)])
+def test_a_linear_network_reaches_the_optimum_of_the_solver(objective, off):
+    x, y = load_diabetes(return_X_y=True)
+    x, y, eps = x / x.std(0), (y - y.mean()) / y.std(), 0.05
+    exact = AdversarialRegressor(eps=eps, norm="inf").fit(x, y)
+    net = nn.Linear(10, 1).double()
+    fit(
+        net,
+        (x, y),
+        rl.LpBall(math.inf, eps),
+        objective=objective,
+        validation=None,
+        epochs=1500,
+        batch_size=len(x),
+        lr=0.02,
+        schedule="cosine",
+        ramp=0.0,
+        memory=False,
+    )
+    found = adversarial_loss(net.weight.detach().numpy()[0], float(net.bias.detach()), x, y, eps)
+    best = adversarial_loss(exact.coef_, exact.intercept_, x, y, eps)
+    assert best <= found <= best * (1 + off)
+
+
+def test_without_a_budget_it_is_standard_training(digits):
+    nets = [network(), network()]
+    given = {"epochs": 2, "validation": None, "memory": False, "ramp": 0.0}
+    fit(nets[0], digits, replace(BALL, eps=0.0), objective="pgd_at", **given)
+    fit(nets[1], digits, BALL, objective="standard", **given)
+    torch.testing.assert_close(weights(nets[0]), weights(nets[1]), rtol=1e-4, atol=1e-5)
+
+
+def test_training_makes_it_robust_and_says_how_robust(digits):
+    x, y = digits
+    plain, robust = network(), network()
+    given = {"epochs": 12, "lr": 3e-3, "attacks": "quick"}
+    before = fit(plain, (x, y), BALL, objective="standard", **given)
+    after = fit(robust, (x, y), BALL, **given)
+    assert after.report.attacked.value > before.report.attacked.value + 0.2
+    assert after.report.clean.value > 0.85
+    best = after.history.rows[after.history.best]["validation"]
+    assert best["robust"] == max(r["validation"]["robust"] for r in after.history.rows)
+    assert after.report.attacked.value <= best["robust"] + 0.02
+    assert "attacked" in str(after)
+
+
+def test_the_figures_of_a_validation(digits):
+    """Of a linear model all three are known."""
+    x, y = digits[0][:200].double(), (digits[1][:200] > 4).long()
+    net = nn.Linear(64, 1).double()
+    torch.manual_seed(1)
+    threat = rl.LpBall(math.inf, 0.01)
+    gap = (net(x).squeeze(1) * (2 * y - 1)).detach()
+    reach = 0.01 * float(net.weight.detach().abs().sum())
+    found = validate(rl.wrap(net, task="classification").source, x, y, threat)
+    assert found.clean == pytest.approx(float((gap > 0).double().mean()))
+    assert found.robust == pytest.approx(float((gap > reach).double().mean()))
+    assert found.robust <= found.single <= found.clean
+
+
+# ---------------------------------------------------------------------- catastrophic overfitting
+
+
+def test_what_counts_as_overfitting():
+    sound, better = Standing(0.9, 0.7, 0.6), Standing(0.95, 0.8, 0.7)
+    assert not sound.overfitted(None)
+    assert not sound.overfitted(better)
+    assert Standing(0.99, 0.9, 0.1).overfitted(None)
+    assert Standing(0.9, 0.85, 0.3).overfitted(better)
+    assert not Standing(0.5, 0.3, 0.3).overfitted(better)  # worse, but not masked
+    assert not Standing(-1.0, -9.0, -20.0).overfitted(None)  # errors of a regressor
+
+
+@pytest.mark.parametrize("policy", ["warn", "rollback"])
+def test_overfitting_is_told_and_rolled_back(digits, monkeypatch, policy):
+    told = iter([Standing(0.9, 0.5, 0.4), Standing(0.99, 0.98, 0.01), Standing(0.9, 0.5, 0.3)])
+    seen = []
+
+    def found(net, *given, **options):
+        seen.append(weights(net).clone())
+        return next(told)
+
+    monkeypatch.setattr(sys.modules["robustlearn.train.fit"], "validate", found)
+    games = []
+    made = sys.modules["robustlearn.train.fit"].RobustGame
+
+    def kept(**given):
+        games.append(made(**given))
+        return games[-1]
+
+    monkeypatch.setattr(sys.modules["robustlearn.train.fit"], "RobustGame", kept)
+    given = {"epochs": 3, "attacks": None, "on_overfitting": policy, "memory": False}
+    with pytest.warns(UserWarning, match="catastrophic overfitting: 98.0% stand after a single"):
+        fit(network(), (digits[0][:300], digits[1][:300]), BALL, objective="fgsm", **given)
+    assert games[0].objective == ("pgd_at" if policy == "rollback" else "fgsm")
+    if policy == "rollback":
+        assert torch.equal(torch.cat([v.reshape(-1) for v in games[0].good.values()]), seen[0])
+
+
+# ---------------------------------------------------------------------- interruption
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"ema": 0.9, "awp": 0.005}, {"on_overfitting": "rollback"}]
+)
+def test_an_interrupted_training_ends_with_equal_weights(digits, tmp_path, options):
+    data = (digits[0][:400], digits[1][:400])
+    given = {"epochs": 3, "attacks": None, "save_every": 0.0, **options}
+
+    def interrupt(moment):
+        if (moment.epoch, moment.step) == (1, 3):
+            raise KeyboardInterrupt
+
+    whole, parts = network(), network()
+    first = fit(whole, data, BALL, out=tmp_path / "whole", **given)
+    with pytest.raises(KeyboardInterrupt):
+        fit(parts, data, BALL, out=tmp_path / "parts", progress=interrupt, **given)
+    again = network(seed=5)
+    second = fit(again, data, BALL, out=tmp_path / "parts", resume=True, **given)
+    assert torch.equal(weights(whole), weights(again))
+    rows = [[{**r, "seconds": 0} for r in result.history.rows] for result in (first, second)]
+    assert rows[0] == rows[1]
+    with pytest.raises(rl.InputError, match="awp"):
+        fit(again, data, BALL, out=tmp_path / "parts", resume=True, **{**given, "awp": 0.3})
+
+
+# ---------------------------------------------------------------------- the command line
+
+
+@pytest.fixture
+def module(tmp_path):
+    path = tmp_path / "my_module.py"
+    path.write_text(
+        "import torch\n\ndef build():\n    torch.manual_seed(0)\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n"
+    )
+    return f"{path}:build"
+
+
+def command(module, out, *more):
+    box = ["--data", "digits", "--eps", "0.1", "--lower", "0", "--upper", "1", "--limit", "400"]
+    return ["train", "--model", module, *box, "--epochs", "2", "--out", str(out), *more]
+
+
+def test_the_command_writes_weights_and_reports(module, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(command(module, out, "--attacks", "quick")) == 0
+    said = capsys.readouterr()
+    assert "epoch 2: loss" in said.err
+    assert "best epoch" in said.out
+    assert set(load_file(out / "model.safetensors")) == {"1.weight", "1.bias"}
+    told = json.loads((out / "training.json").read_text())
+    assert told["schema"] == "robustlearn-training/1"
+    assert [row["epoch"] for row in told["rows"]] == [0, 1]
+    assert "<svg" in (out / "training.html").read_text()
+    assert (out / "report.html").is_file()
+    assert run(command(module, out)) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert run(command(module, out, "--attacks", "none", "--resume")) == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--objective", "tradez"], "there is no objective named 'tradez'"),
+        (["--objective", "trades:gamma=1"], "trades has no option 'gamma'; it has beta, steps"),
+        (["--objective", "trades:beta=abc"], "beta must be a number"),
+        (["--validation", "1.5"], "validation is a share"),
+        (["--ramp", "-1"], "ramp is a share"),
+        (["--on-overfitting", "hope"], "on_overfitting is one of warn, rollback"),
+        (["--optimizer", "lion"], "an optimizer is adamw, sgd"),
+    ],
+)
+def test_what_is_refused(module, tmp_path, capsys, more, said):
+    assert run(command(module, tmp_path / "run", *more)) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_other_refusals(digits):
+    x, y = digits
+    with pytest.raises(rl.InputError, match="one budget for all samples"):
+        fit(network(), digits, rl.LpBall(2, torch.full((len(x),), 0.1)))
+    moved, plain = Samples((x, y), augment=lambda x, keys: x), Samples((x, y))
+    with pytest.raises(rl.InputError, match="memory=False to augment"):
+        fit(network(), moved, BALL, validation=None)
+    with pytest.raises(rl.InputError, match="a share can be held out of arrays"):
+        fit(network(), plain, BALL)
+    with pytest.raises(rl.InputError, match="steps is given twice"):
+        options_of("pgd_at:steps=1:steps=2")
+    with pytest.raises(rl.InputError, match="for classifiers"):
+        fit(nn.Linear(64, 1), (x, y.float()), BALL, objective="trades", validation=None, epochs=1)
+
+
+def test_regression_with_huber(digits):
+    x, y = digits
+    net = nn.Sequential(nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 1))
+    result = fit(net, (x, y.float()), BALL, criterion=Criterion("huber"), epochs=3, attacks="quick")
+    rows = result.history.rows
+    assert rows[-1]["validation"]["robust"] > rows[0]["validation"]["robust"]
+    assert result.report.task == "regression"
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(module, tmp_path):
+    outs = [tmp_path / "one", tmp_path / "two"]
+    for out, launcher in zip(
+        outs, (["-m"], ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m"]), strict=True
+    ):
+        told = [
+            sys.executable,
+            *launcher,
+            "robustlearn",
+            *command(module, out, "--attacks", "none"),
+        ]
+        subprocess.run(told, check=True, timeout=240, capture_output=True)
+    one, two = (load_file(out / "model.safetensors") for out in outs)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_the_name_is_the_function():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert rl.fit is fitting
