@@ -157,7 +157,7 @@ def plain(history):
     return [{k: v for k, v in row.items() if k != "seconds"} for row in history.rows]
 
 
-LONG = {"epochs": 30}
+LONG = {"epochs": 120}
 
 
 def kill_at_random(folder, times, longest):

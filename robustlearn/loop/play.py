@@ -217,7 +217,7 @@ class _Run:
         at, options, ranks = self.position, self.options, self.ranks
         number = at.epoch * self.steps + at.step
         done = number / (options.epochs * self.steps)
-        torch.manual_seed(randomness.mixed(options.seed, "step", number, ranks.rank))
+        randomness.start(ranks.device, options.seed, "step", number, ranks.rank)
         factor = rate(options.schedule, done) * self.guard.rate
         for side in self.sides.values():
             side.set_rate(factor)
@@ -319,7 +319,7 @@ class _Run:
     def _validated(self) -> dict[str, float]:
         if self.validate is None:
             return {}
-        torch.manual_seed(randomness.mixed(self.options.seed, "validate", self.position.epoch))
+        randomness.start(self.ranks.device, self.options.seed, "validate", self.position.epoch)
         judged = {name: side.judged.eval() for name, side in self.sides.items()}
         found = {name: float(value) for name, value in self.validate(judged).items()}
         for side in self.sides.values():  # attacks on a module may have left gradients there
