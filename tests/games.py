@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.nn import functional as F
 
@@ -182,7 +183,38 @@ def kill_at_random(folder, times, longest):
     return found
 
 
-SCRIPTS = {"ranks": ranks, "failing": failing}
+FAKED = {
+    "batch norm, average, memory": {},
+    "accumulated and clipped": {"accumulate": 2, "clip": 0.1},
+    "bf16": {"precision": "bf16"},
+}
+
+
+def faked(folder):
+    """Train on the CPU and on a stand-in for an accelerator, resumed half-way; tell the results."""
+    from fake_device import NAME, fake_device
+
+    found = {}
+    for case, options in FAKED.items():
+        plainly = {} if "precision" in options else options  # the stand-in's autocast casts nothing
+        history, found[case, "cpu"] = train(game=Noisy(**DEEP), **plainly)
+        found[case, "cpu rows"] = plain(history)
+    AcceleratorState._reset_state(True)
+    os.environ["ACCELERATE_TORCH_DEVICE"] = f"{NAME}:0"
+    with fake_device():
+        for case, options in FAKED.items():
+            out = folder / case
+            with contextlib.suppress(KeyboardInterrupt):
+                train(out, game=Stopping(**DEEP), save_every=0.0, **options)
+            game = Noisy(**DEEP)
+            history, weights = train(out, game=game, resume=True, **options)
+            assert {value.device.type for value in weights.values()} == {NAME}
+            found[case, "there"] = {name: value.cpu() for name, value in weights.items()}
+            found[case, "there rows"] = plain(history)
+    torch.save(found, folder / "found")
+
+
+SCRIPTS = {"faked": faked, "ranks": ranks, "failing": failing}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
@@ -191,4 +223,5 @@ if __name__ == "__main__":
         print(json.dumps(kill_at_random(Path(folder), int(rest[0]), float(rest[1]))))
     else:
         SCRIPTS[name](Path(folder))
-        torch.distributed.destroy_process_group()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

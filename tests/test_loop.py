@@ -651,6 +651,20 @@ def test_a_step_that_cannot_be(change, said):
         play(Plain(change), samples(), epochs=1, batch_size=8)
 
 
+# ------------------------------------------------------------------ devices
+
+
+def test_on_another_device_weights_are_those_of_the_cpu(tmp_path):
+    """On a device that computes, but does not mix with the CPU; stopped and resumed there."""
+    command = [sys.executable, games.__file__, "faked", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = torch.load(tmp_path / "found")
+    for case in games.FAKED:
+        assert equal(found[case, "there"], found[case, "cpu"]), case
+        assert found[case, "there rows"] == found[case, "cpu rows"]
+
+
 # ------------------------------------------------------------------ trackers
 
 
