@@ -81,6 +81,7 @@ def play(
     on_nonfinite : ``skip`` leaves an update out whose gradient is not finite; ``halve`` also halves
         the learning rate from there on; ``stop`` ends training and saves the batch to ``out``.
     trackers : names (``tensorboard``, ``mlflow``, ``wandb``) or trackers of Accelerate.
+    progress : called in the first process after each step.
     settings : what else must be equal on resume, as plain values.
     timeout : seconds after which a process that hears nothing of the others gives up.
 
@@ -216,7 +217,7 @@ class _Run:
         at, options, ranks = self.position, self.options, self.ranks
         number = at.epoch * self.steps + at.step
         done = number / (options.epochs * self.steps)
-        torch.manual_seed(randomness.mixed(options.seed, "step", number, ranks.rank))
+        randomness.start(ranks.device, options.seed, "step", number, ranks.rank)
         factor = rate(options.schedule, done) * self.guard.rate
         for side in self.sides.values():
             side.set_rate(factor)
@@ -287,7 +288,7 @@ class _Run:
     def _close(self) -> None:
         """End an epoch: validate, keep the best weights, decide whether to stop."""
         at, guard = self.position, self.guard
-        if guard.updates == 0 and guard.skipped:
+        if guard.updates == 0 and guard.skipped and guard.scale <= 1:  # else fp16 is still trying
             raise InputError(
                 f"no gradient of epoch {at.epoch} was finite ({guard.skipped} updates left out); "
                 "lower the learning rate, clip the gradient, or look for NaN in the data"
@@ -318,7 +319,7 @@ class _Run:
     def _validated(self) -> dict[str, float]:
         if self.validate is None:
             return {}
-        torch.manual_seed(randomness.mixed(self.options.seed, "validate", self.position.epoch))
+        randomness.start(self.ranks.device, self.options.seed, "validate", self.position.epoch)
         judged = {name: side.judged.eval() for name, side in self.sides.items()}
         found = {name: float(value) for name, value in self.validate(judged).items()}
         for side in self.sides.values():  # attacks on a module may have left gradients there

@@ -36,6 +36,17 @@ def keys(seed: int, purpose: str, epoch: int, index: Tensor) -> Tensor:
     return _tensor.fold(base, index)
 
 
+def start(device: torch.device, *parts: Any) -> None:
+    """Seed torch's global streams, that of the CPU and of ``device``, by `mixed`.
+
+    ``torch.manual_seed`` would file a traceback for every other kind of device, 0.4 ms each time.
+    """
+    seed = mixed(*parts)
+    torch.random.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed_all(seed)
+
+
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed the three global streams, for a data set that draws from them, and put them back."""

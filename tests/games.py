@@ -1,0 +1,227 @@
+"""Small games for the tests of the loop, importable by processes that the tests start."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState
+from torch import nn
+from torch.nn import functional as F
+
+from robustlearn import _tensor
+from robustlearn.errors import InputError
+from robustlearn.loop import checkpoint, play
+
+N, D, CLASSES = 37, 6, 3
+
+
+def samples(n=N):
+    source = torch.Generator().manual_seed(1)
+    x = torch.randn(n, D, generator=source)
+    return x, (x @ torch.randn(D, CLASSES, generator=source)).argmax(1)
+
+
+def network(*, norm=False, dropout=0.0):
+    with torch.random.fork_rng([], device_type="cpu"):
+        torch.manual_seed(3)
+        middle = [nn.BatchNorm1d(8)] if norm else []
+        return nn.Sequential(
+            nn.Linear(D, 8), *middle, nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, CLASSES)
+        )
+
+
+class Noisy:
+    """Cross-entropy at points with noise that each sample keeps from epoch to epoch."""
+
+    def __init__(self, *, norm=False, dropout=0.0, optimizer=None, n=N, memory=True):
+        self.modules = {"model": network(norm=norm, dropout=dropout)}
+        parameters = self.modules["model"].parameters()
+        self.optimizers = {
+            "model": (optimizer or torch.optim.SGD)(parameters, lr=0.1, **self.extras(optimizer))
+        }
+        self.memory = torch.zeros(n, D)
+        self.batches = []
+
+    @staticmethod
+    def extras(optimizer):
+        return {} if optimizer else {"momentum": 0.9}
+
+    def step(self, batch, turn):
+        noise = 0.1 * _tensor.normal(turn.keys, (D,), batch.x.dtype)
+        self.memory = self.memory.to(batch.x.device)
+        noise = noise + 0.5 * self.memory[batch.index]
+        self.memory[turn.gather(batch.index)] = turn.gather(noise)
+        self.batches.append(batch.index.tolist())
+        with turn.autocast():
+            logits = turn.module("model")(batch.x + noise)
+        losses = F.cross_entropy(logits.float(), batch.y, reduction="none")
+        turn.backward(losses)
+        turn.update("model")
+        return {"loss": losses, "right": (logits.argmax(1) == batch.y).float()}
+
+    def state(self):
+        return {"memory": self.memory}
+
+    def load(self, state):
+        self.memory = state["memory"]
+
+
+def score(modules):
+    x, y = samples()
+    device = next(modules["model"].parameters()).device
+    with torch.no_grad():
+        right = modules["model"](x.to(device)).argmax(1).cpu() == y
+    return {"accuracy": float(right.float().mean())}
+
+
+OPTIONS = {"epochs": 3, "batch_size": 8, "seed": 5, "ema": 0.9, "schedule": "cosine"}
+
+
+def train(out=None, game=None, **changes):
+    """Return the history and the final weights of a run with everything that has a state."""
+    game = game or Noisy(**DEEP)
+    given = {**OPTIONS, "validate": score, **changes}
+    history = play(game, samples(), out=out, **given)
+    return history, {k: v.clone() for k, v in game.modules["model"].state_dict().items()}
+
+
+CASES = {
+    "unequal parts": {"batch_size": 8},
+    "fewer samples than processes": {"batch_size": 1, "epochs": 1},
+    "accumulated": {"batch_size": 8, "accumulate": 2, "clip": 0.1},
+    "patience": {"batch_size": 16, "epochs": 6, "patience": 1, "seed": 2},
+}
+DEEP = {"norm": True, "dropout": 0.2, "optimizer": torch.optim.Adam}
+
+
+class Stopping(Noisy):
+    """A game that stops in every process in its second epoch."""
+
+    def step(self, batch, turn):
+        if turn.number == 8:
+            raise KeyboardInterrupt
+        return super().step(batch, turn)
+
+
+def ranks(folder):
+    """Train some games as one process of many; the last one whole, and stopped and resumed."""
+    found = {}
+    for case, options in CASES.items():
+        history, weights = train(game=Noisy(), timeout=60, **options)
+        found[case] = {"weights": weights, "rows": plain(history)}
+        found[case] |= {"best": history.best, "stopped": history.stopped}
+    history, found["whole"] = train(game=Noisy(**DEEP))
+    found["whole rows"] = plain(history)
+    with contextlib.suppress(KeyboardInterrupt):
+        train(folder / "run", game=Stopping(**DEEP), save_every=0.0)
+    history, found["resumed"] = train(folder / "run", game=Noisy(**DEEP), resume=True)
+    found["resumed rows"] = plain(history)
+    torch.save(found, folder / f"rank{os.environ['RANK']}")
+
+
+class Dying(Noisy):
+    """A game that one process leaves."""
+
+    def step(self, batch, turn):
+        if turn.number == 3 and os.environ["RANK"] == "1":
+            raise RuntimeError("rank 1 is no more")
+        return super().step(batch, turn)
+
+
+class Unwrapped(Noisy):
+    """A game that computes its losses past the exchange of gradients."""
+
+    def step(self, batch, turn):
+        losses = F.cross_entropy(self.modules["model"](batch.x), batch.y, reduction="none")
+        turn.backward(losses)
+        turn.update("model")
+        return {}
+
+
+def failing(folder):
+    """Note what is said of gradients that were not exchanged; then train until one process dies."""
+    try:
+        train(game=Unwrapped(), timeout=30)
+    except InputError as error:
+        (folder / f"rank{os.environ['RANK']}").write_text(str(error))
+    train(game=Dying())
+
+
+def plain(history):
+    """Rows without what differs from run to run."""
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in history.rows]
+
+
+LONG = {"epochs": 120}
+
+
+def kill_at_random(folder, times, longest):
+    """Resume a run ``times`` times, each time killed from outside at a random moment.
+
+    This process has imported everything that is imported late, so that a fork starts at once.
+    """
+    train(epochs=1)
+    moments, found = random.Random(times), []
+    while len(found) < times:
+        child = os.fork()
+        if child == 0:
+            train(folder, resume=True, save_every=0.0, **LONG)
+            os._exit(0)
+        time.sleep(moments.uniform(0.01, longest))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        if not os.WIFSIGNALED(status):
+            break  # the run was over before
+        position = checkpoint.newest(folder)[1]["position"] if checkpoint.exists(folder) else {}
+        found.append([position.get("epoch"), position.get("step")])
+    return found
+
+
+FAKED = {
+    "batch norm, average, memory": {},
+    "accumulated and clipped": {"accumulate": 2, "clip": 0.1},
+    "bf16": {"precision": "bf16"},
+}
+
+
+def faked(folder):
+    """Train on the CPU and on a stand-in for an accelerator, resumed half-way; tell the results."""
+    from fake_device import NAME, fake_device
+
+    found = {}
+    for case, options in FAKED.items():
+        plainly = {} if "precision" in options else options  # the stand-in's autocast casts nothing
+        history, found[case, "cpu"] = train(game=Noisy(**DEEP), **plainly)
+        found[case, "cpu rows"] = plain(history)
+    AcceleratorState._reset_state(True)
+    os.environ["ACCELERATE_TORCH_DEVICE"] = f"{NAME}:0"
+    with fake_device():
+        for case, options in FAKED.items():
+            out = folder / case
+            with contextlib.suppress(KeyboardInterrupt):
+                train(out, game=Stopping(**DEEP), save_every=0.0, **options)
+            game = Noisy(**DEEP)
+            history, weights = train(out, game=game, resume=True, **options)
+            assert {value.device.type for value in weights.values()} == {NAME}
+            found[case, "there"] = {name: value.cpu() for name, value in weights.items()}
+            found[case, "there rows"] = plain(history)
+    torch.save(found, folder / "found")
+
+
+SCRIPTS = {"faked": faked, "ranks": ranks, "failing": failing}
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    name, folder, *rest = sys.argv[1:]
+    if name == "killed":
+        print(json.dumps(kill_at_random(Path(folder), int(rest[0]), float(rest[1]))))
+    else:
+        SCRIPTS[name](Path(folder))
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

@@ -1,0 +1,699 @@
+"""The training loop against bare loops, closed forms, and itself after a kill."""
+
+import itertools
+import json
+import math
+import random
+import resource
+import subprocess
+import sys
+import time
+
+import games
+import numpy as np
+import pytest
+import torch
+from games import N, Noisy, network, plain, samples, train
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from robustlearn import _tensor
+from robustlearn.errors import InputError
+from robustlearn.loop import Samples, checkpoint, play, rate
+from robustlearn.loop.ranks import Ranks
+
+
+def equal(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
+
+
+class Plain:
+    """Mean cross-entropy, and whatever the test does to the losses."""
+
+    def __init__(self, change=None, net=None, lr=0.1):
+        self.modules = {"model": net if net is not None else network()}
+        parameters = self.modules["model"].parameters()
+        self.optimizers = {"model": torch.optim.SGD(parameters, lr)}
+        self.change, self.seen, self.rates, self.drawn = change, [], [], []
+
+    def step(self, batch, turn):
+        self.seen.append(batch.index.tolist())
+        self.rates.append(self.optimizers["model"].param_groups[0]["lr"])
+        self.drawn.append((torch.rand(1).item(), turn.keys.tolist()))
+        losses = F.cross_entropy(turn.module("model")(batch.x), batch.y, reduction="none")
+        turn.backward(losses if self.change is None else self.change(losses, turn))
+        turn.update("model")
+        return {"loss": losses}
+
+    @property
+    def weights(self):
+        return self.modules["model"].state_dict()
+
+
+# ------------------------------------------------------------------ one step
+
+
+def test_a_run_equals_a_bare_loop():
+    game, net = Plain(), network()
+    play(game, samples(), epochs=2, batch_size=8, seed=3)
+    x, y = samples()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    for index in game.seen:
+        optimizer.zero_grad()
+        F.cross_entropy(net(x[index]), y[index]).backward()
+        optimizer.step()
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(game.weights[name], value)
+
+
+def test_metrics_are_means_over_samples():
+    game = Plain(lr=0.0)
+    history = play(game, samples(), epochs=1, batch_size=10)
+    x, y = samples()
+    expected = F.cross_entropy(network()(x), y).item()
+    assert history.rows[0]["metrics"]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_accumulated_batches_are_one_large_batch():
+    """Batches of 5 + 5 + 5 + 4 (+ …) in groups of 4, the last one smaller."""
+    game, net = Plain(), network()
+    play(game, samples(), epochs=1, batch_size=5, accumulate=3)
+    x, y = samples()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    assert len(game.seen) == 8
+    for first in range(0, 8, 3):
+        index = list(itertools.chain(*game.seen[first : first + 3]))
+        optimizer.zero_grad()
+        F.cross_entropy(net(x[index]), y[index]).backward()
+        optimizer.step()
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(game.weights[name], value)
+
+
+def test_clip_bounds_the_step():
+    game = Plain(lambda losses, turn: 1e4 * losses, lr=1.0)
+    before = {k: v.clone() for k, v in game.weights.items()}
+    play(game, samples(), epochs=1, batch_size=N, clip=0.5)
+    moved = sum((game.weights[k] - v).square().sum() for k, v in before.items()).sqrt()
+    assert moved.item() == pytest.approx(0.5, rel=1e-4)
+
+
+def test_average_follows_its_recursion_with_statistics_of_its_own():
+    game, seen = Noisy(norm=True), []
+
+    def validate(modules):
+        seen.append({k: v.clone() for k, v in modules["model"].state_dict().items()})
+        seen.append({k: v.clone() for k, v in game.modules["model"].state_dict().items()})
+        return {"accuracy": 0.0}
+
+    play(game, samples(), epochs=3, batch_size=N, ema=0.15, validate=validate)
+    expected = network(norm=True).state_dict()
+    for t, live in enumerate(seen[1::2]):
+        decay = min(0.15, (1 + t) / (10 + t))
+        for name in ("0.weight", "1.running_mean", "1.running_var"):
+            expected[name] = decay * expected[name] + (1 - decay) * live[name]
+            torch.testing.assert_close(seen[2 * t][name], expected[name])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [
+        ("constant", [1, 1, 1, 1]),
+        ("cosine", [(1 + math.cos(math.pi * t / 4)) / 2 for t in range(4)]),
+        ("step", [1, 1, 0.1, 0.01]),
+        ("one_cycle", [rate("one_cycle", t / 4) for t in range(4)]),
+    ],
+)
+def test_schedules(schedule, factors):
+    game = Plain(lr=0.2)
+    play(game, samples(), epochs=4, batch_size=N, schedule=schedule)
+    assert game.rates == pytest.approx([0.2 * factor for factor in factors])
+
+
+def test_one_cycle_peaks_where_it_turns():
+    assert rate("one_cycle", 0.0) == pytest.approx(0.04)
+    assert rate("one_cycle", 0.3) == pytest.approx(1.0)
+    assert rate("one_cycle", 1.0) == pytest.approx(0.0)
+
+
+def test_modes_and_global_random_state_are_put_back(untouched):
+    game = Noisy(norm=True, dropout=0.5)
+    game.modules["model"].eval()
+    play(game, samples(), epochs=1, batch_size=8)
+    assert not any(part.training for part in game.modules["model"].modules())
+
+
+def test_reduced_precision_trains_and_keeps_float32_weights():
+    for precision in ("bf16", "fp16"):
+        history, weights = train(game=Noisy(), precision=precision, epochs=4)
+        assert {value.dtype for value in weights.values()} == {torch.float32}
+        rows = plain(history)
+        assert rows[-1]["metrics"]["loss"] < rows[0]["metrics"]["loss"], precision
+
+
+def test_fp16_halves_its_scale_until_the_gradient_is_finite():
+    """2¹⁶·1e4/8 overflows float16, 2⁵·1e4/8 does not: 11 updates are left out, no rate changes."""
+
+    class Half(Plain):
+        def step(self, batch, turn):
+            halves = turn.module("model")(batch.x)[:, 0].half()
+            turn.backward(1e4 * halves.float())
+            turn.update("model")
+            self.rates.append(self.optimizers["model"].param_groups[0]["lr"])
+            return {}
+
+    game = Half(lr=1e-9)
+    options = {"batch_size": 8, "precision": "fp16", "on_nonfinite": "halve"}
+    history = play(game, (samples(40)[0], samples(40)[1]), epochs=4, **options)
+    assert [row["skipped"] for row in history.rows] == [5, 5, 1, 0]
+    assert set(game.rates) == {1e-9}
+
+
+# ------------------------------------------------------------------ samples
+
+
+def test_random_numbers_are_a_function_of_seed_epoch_step_and_sample():
+    first, second = Plain(), Plain()
+    play(first, samples(), epochs=2, batch_size=8, seed=1)
+    torch.rand(100)
+    play(second, samples(), epochs=2, batch_size=8, seed=1)
+    assert first.seen == second.seen
+    assert first.drawn == second.drawn
+    keys = [dict(zip(i, k, strict=True)) for i, (_, k) in zip(first.seen, first.drawn, strict=True)]
+    wider = Plain()
+    play(wider, samples(), epochs=1, batch_size=20, seed=1)
+    for index, (_, drawn) in zip(wider.seen, wider.drawn, strict=True):
+        for number, key in zip(index, drawn, strict=True):
+            assert key == next(k[number] for k in keys[:5] if number in k)
+    assert first.seen[:5] != first.seen[5:]
+    assert len({draw for draw, _ in first.drawn}) == 10
+
+
+def test_batches_are_permutations_of_equal_size():
+    for n, size in ((37, 8), (65, 64), (3, 5)):
+        batches = Samples((torch.zeros(n, 1), torch.zeros(n))).batches(0, 0, size)
+        lengths = [len(batch) for batch in batches]
+        assert torch.cat(batches).sort().values.tolist() == list(range(n))
+        assert max(lengths) <= size
+        assert max(lengths) - min(lengths) <= 1
+        assert len(lengths) == -(-n // size)
+
+
+def test_weights_of_classes_set_how_often_they_are_drawn():
+    y = torch.tensor([0] * 900 + [1] * 100)
+    drawn = Samples((torch.zeros(1000, 1), y), weights={0: 1.0, 1: 9.0})
+    share = torch.cat([torch.cat(drawn.batches(0, e, 100)) for e in range(20)]) >= 900
+    assert share.float().mean().item() == pytest.approx(0.5, abs=4 * 0.5 / math.sqrt(20_000))
+    never = Samples((torch.zeros(1000, 1), y), weights={0: 0.0, 1: 1.0})
+    assert torch.cat(never.batches(0, 0, 100)).min() >= 900
+
+
+def test_extra_data_makes_up_its_share_of_every_batch():
+    x, y = samples()
+    more = (x[:7] + 100, y[:7])
+    mixed = Samples((x, y), extra=more, ratio=0.5)
+    batches = mixed.batches(0, 0, 8)
+    assert max(map(len, batches)) <= 8
+    for index, (fetched, labels) in zip(batches, mixed.fetch(batches, 0, 0), strict=True):
+        assert 3 <= int((index >= N).sum()) <= 4
+        for number, row, label in zip(index.tolist(), fetched, labels, strict=True):
+            source = (x, y) if number < N else more
+            at = number if number < N else number - N
+            assert torch.equal(row, source[0][at])
+            assert label == source[1][at]
+
+
+class Drawing(Dataset):
+    """Items with noise from all three global streams."""
+
+    def __len__(self):
+        return N
+
+    def __getitem__(self, i):
+        x, y = samples()
+        noise = torch.rand(()) + random.random() + np.random.rand()  # noqa: NPY002
+        return x[i] + noise.float(), y[i]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_data_set_and_loader_give_what_the_arrays_give(workers, untouched):
+    arrays, loaded = Plain(), Plain()
+    play(arrays, samples(), epochs=2, batch_size=8)
+    loader = DataLoader(TensorDataset(*samples()), batch_size=8, num_workers=workers)
+    play(loaded, loader, epochs=2)
+    assert equal(arrays.weights, loaded.weights)
+
+
+def test_random_items_do_not_depend_on_what_was_fetched_before(untouched):
+    drawn = Samples(Drawing())
+    batches = drawn.batches(0, 1, 8)
+    whole = [x for x, _ in drawn.fetch(batches, 0, 1)]
+    rest = [x for x, _ in drawn.fetch(batches[2:], 0, 1)]
+    assert all(torch.equal(a, b) for a, b in zip(whole[2:], rest, strict=True))
+    assert not torch.equal(whole[0], next(iter(drawn.fetch(batches, 0, 2)))[0])
+
+
+def test_augment_has_keys_of_its_own():
+    seen = []
+
+    def augment(x, keys):
+        seen.append(keys.tolist())
+        return x + _tensor.uniform(keys, x.shape[1:], x.dtype)
+
+    game = Plain()
+    play(game, Samples(samples(), augment=augment), epochs=1, batch_size=8)
+    assert len(seen) == 5
+    assert not {k for ks in seen for k in ks} & {k for _, ks in game.drawn for k in ks}
+
+
+def test_data_without_labels():
+    class Centre:
+        def __init__(self):
+            self.modules = {"model": nn.Linear(6, 1)}
+            self.optimizers = {"model": torch.optim.SGD(self.modules["model"].parameters(), 0.1)}
+
+        def step(self, batch, turn):
+            assert batch.y.shape == (len(batch.x), 0)
+            losses = turn.module("model")(batch.x).square().squeeze(1)
+            turn.backward(losses)
+            turn.update("model")
+            return {}
+
+    assert play(Centre(), samples()[0], epochs=1, batch_size=8).rows[0]["metrics"] == {}
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        yield torch.zeros(1), 0
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Samples((torch.zeros(3, 1), torch.zeros(2))), "3 samples, y has 2"),
+        (lambda: Samples((torch.zeros(0, 1), torch.zeros(0))), "no sample"),
+        (lambda: Samples(Endless()), "no numbers"),
+        (lambda: Samples(samples(), weights={0: 1, 1: 1, 2: 1, 7: 1}), r"without samples: \[7\]"),
+        (lambda: Samples(samples(), weights={0: 1, 1: 1}), r"leaves out the classes \[2\]"),
+        (lambda: Samples(samples(), weights=[1.0] * (N - 1)), f"shape \\({N},\\)"),
+        (lambda: Samples(samples(), weights=[-1.0] * N), "not negative"),
+        (lambda: Samples(samples(), extra=samples()), "ratio"),
+        (lambda: Samples(samples(), ratio=0.5), "ratio"),
+    ],
+)
+def test_samples_that_cannot_be(make, said):
+    with pytest.raises(InputError, match=said):
+        make()
+
+
+# ------------------------------------------------------------------ the best epoch
+
+
+def test_the_best_epoch_is_kept_and_patience_ends_the_run(tmp_path):
+    figures, seen = iter([0.3, 0.5, math.nan, 0.5, 0.4]), []
+
+    def validate(modules):
+        seen.append({k: v.clone() for k, v in modules["model"].state_dict().items()})
+        return {"other": 1.0, "robust": next(figures)}
+
+    history = play(
+        Plain(),
+        samples(),
+        epochs=9,
+        batch_size=8,
+        validate=validate,
+        figure="robust",
+        patience=3,
+        out=tmp_path,
+    )
+    assert (history.best, history.stopped, len(history.rows)) == (1, "patience", 5)
+    assert equal(history.weights["model"], seen[1])
+    assert equal(load_file(tmp_path / "model.safetensors"), seen[1])
+
+
+def test_without_validation_the_last_weights_are_kept():
+    game = Plain()
+    history = play(game, samples(), epochs=2, batch_size=8)
+    assert (history.best, history.stopped) == (1, "finished")
+    assert equal(history.weights["model"], game.weights)
+
+
+# ------------------------------------------------------------------ resume
+
+
+class Fall(Exception):
+    pass
+
+
+def stop_at(number):
+    """Raise at a global step, as if the machine had fallen."""
+    count = iter(range(10**6))
+
+    def progress(_):
+        if next(count) == number:
+            raise Fall
+
+    return progress
+
+
+@pytest.mark.parametrize("falls", [[0], [3, 6], [4, 9, 0]])
+def test_a_resumed_run_ends_with_equal_weights_and_rows(tmp_path, falls):
+    whole, expected = train(accumulate=2)
+    for number in falls:
+        options = {"accumulate": 2, "save_every": 0.0, "resume": True}
+        with pytest.raises(Fall):
+            train(tmp_path, progress=stop_at(number), **options)
+    history, weights = train(tmp_path, accumulate=2, resume=True)
+    assert equal(weights, expected)
+    assert plain(history) == plain(whole)
+    assert history.best == whole.best
+    assert equal(history.weights["model"], whole.weights["model"])
+
+
+def test_a_finished_run_is_returned_at_once(tmp_path):
+    first, expected = train(tmp_path)
+    start = time.perf_counter()
+    again, weights = train(tmp_path, resume=True, validate=lambda modules: 1 / 0)
+    assert time.perf_counter() - start < 5
+    assert equal(weights, expected)
+    assert again.rows == first.rows
+
+
+def kill_and_resume(folder, times, longest):
+    """Resume a run and kill it at random moments; return where each kill left it."""
+    command = [sys.executable, games.__file__, "killed", str(folder), str(times), str(longest)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("times", "longest"), [(4, 0.5), pytest.param(24, 0.3, marks=pytest.mark.slow)]
+)
+def test_killed_at_random_moments_it_ends_with_equal_weights(tmp_path, times, longest):
+    folder = tmp_path / "run"
+    found = kill_and_resume(folder, times, longest)
+    assert len(found) == times
+    assert len({tuple(place) for place in found}) > times // 2
+    history, weights = train(folder, resume=True, **games.LONG)
+    whole, expected = train(**games.LONG)
+    assert equal(weights, expected)
+    assert plain(history) == plain(whole)
+
+
+def test_between_two_renames_the_previous_checkpoint_counts(tmp_path):
+    _, expected = train()
+    with pytest.raises(Fall):
+        train(tmp_path, progress=stop_at(7), save_every=0.0)
+    (tmp_path / checkpoint.NAME).unlink()
+    assert equal(train(tmp_path, resume=True)[1], expected)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty"])
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_taken(tmp_path, damage):
+    _, expected = train()
+    with pytest.raises(Fall):
+        train(tmp_path, progress=stop_at(7), save_every=0.0)
+    path = tmp_path / checkpoint.NAME
+    content = bytearray(path.read_bytes())
+    content[-40] ^= 1
+    path.write_bytes({"flipped": content, "cut": content[:-40], "empty": b""}[damage])
+    with pytest.raises(InputError, match=f"{path} is damaged"):
+        checkpoint.read(path)
+    with pytest.warns(RuntimeWarning, match="going on from"):
+        assert equal(train(tmp_path, resume=True)[1], expected)
+    for name in (checkpoint.NAME, checkpoint.PREVIOUS):
+        (tmp_path / name).write_bytes(b"nothing")
+    with pytest.raises(InputError, match="No older one"):
+        train(tmp_path, resume=True)
+
+
+def test_a_header_that_was_changed_is_damage(tmp_path):
+    train(tmp_path, epochs=1)
+    path = tmp_path / checkpoint.NAME
+    content = path.read_bytes()
+    changed = content.replace(rb"\"epoch\": 1", rb"\"epoch\": 0")
+    assert changed != content
+    path.write_bytes(changed)
+    with pytest.raises(InputError, match="hash"):
+        checkpoint.read(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"epochs": 4}, "epochs was 3, is 4"),
+        ({"seed": 6}, "seed was 5, is 6"),
+        ({"settings": {"eps": 0.2}}, "settings was"),
+        ({"game": Noisy()}, "modules was.*optimizers was"),
+    ],
+)
+def test_another_run_is_refused(tmp_path, changes, said):
+    train(tmp_path, settings={"eps": 0.1})
+    with pytest.raises(InputError, match=said):
+        train(tmp_path, resume=True, **{"settings": {"eps": 0.1}, **changes})
+
+
+def test_other_data_is_refused(tmp_path):
+    play(Plain(), samples(), epochs=1, batch_size=8, out=tmp_path)
+    x, y = samples()
+    with pytest.raises(InputError, match="data was"):
+        play(Plain(), (x + 1, y), epochs=1, batch_size=8, out=tmp_path, resume=True)
+
+
+def test_another_version_of_the_code_is_refused(tmp_path, monkeypatch):
+    train(tmp_path)
+    monkeypatch.setattr("robustlearn.__version__", "9.9")
+    with pytest.raises(InputError, match=r"other code \(robustlearn was .* is .9\.9"):
+        train(tmp_path, resume=True)
+
+
+def test_a_run_is_not_overwritten(tmp_path):
+    train(tmp_path, epochs=1)
+    with pytest.raises(InputError, match="holds a run already"):
+        train(tmp_path, epochs=1)
+
+
+def test_a_checkpoint_is_read_without_unpickling(tmp_path):
+    train(tmp_path, epochs=1)
+    length = int.from_bytes((tmp_path / checkpoint.NAME).read_bytes()[:8], "little")
+    header = json.loads((tmp_path / checkpoint.NAME).read_bytes()[8 : 8 + length])
+    assert json.loads(header["__metadata__"]["header"])["version"]["torch"] == torch.__version__
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        checkpoint.PREVIOUS,
+        checkpoint.NAME,
+        "model.safetensors",
+    ]
+
+
+# ------------------------------------------------------------------ faults
+
+
+def test_a_full_disk_names_the_path_and_leaves_the_last_checkpoint(tmp_path):
+    _, expected = train()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(moment):
+        if moment.epoch == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+
+    try:
+        with pytest.raises(InputError, match=f"{tmp_path / checkpoint.NAME} could not be written"):
+            train(tmp_path, progress=fill, save_every=0.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.glob("*.tmp"))
+    assert equal(train(tmp_path, resume=True)[1], expected)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file/run cannot be made"):
+        train(tmp_path / "file" / "run")
+
+
+def spoil(*numbers):
+    """Make the losses NaN at some steps."""
+    return lambda losses, turn: losses * (math.nan if turn.number in numbers else 1.0)
+
+
+def test_skip_leaves_the_update_out():
+    spoiled = Plain(spoil(1))
+    history = play(spoiled, samples(), epochs=1, batch_size=8)
+    net = network()
+    x, y = samples()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    for index in spoiled.seen[:1] + spoiled.seen[2:]:
+        optimizer.zero_grad()
+        F.cross_entropy(net(x[index]), y[index]).backward()
+        optimizer.step()
+    assert history.rows[0]["skipped"] == 1
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(spoiled.weights[name], value)
+
+
+def test_a_batch_with_nan_does_not_stay_in_batch_norm():
+    x, y = samples()
+    x = x.clone()
+    x[5] = math.nan
+    game = Plain(net=network(norm=True))
+    history = play(game, (x, y), epochs=2, batch_size=8, ema=0.5)
+    assert [row["skipped"] for row in history.rows] == [1, 1]
+    assert all(value.isfinite().all() for value in game.weights.values())
+    assert all(value.isfinite().all() for value in history.weights["model"].values())
+
+
+def test_halve_is_remembered(tmp_path):
+    spoiled = Plain(spoil(1, 3))
+    with pytest.raises(Fall):
+        play(
+            spoiled,
+            samples(),
+            epochs=2,
+            batch_size=8,
+            on_nonfinite="halve",
+            out=tmp_path,
+            save_every=0.0,
+            progress=stop_at(5),
+        )
+    assert spoiled.rates == pytest.approx([0.1, 0.1, 0.05, 0.05, 0.025, 0.025])
+    again = Plain()
+    play(
+        again,
+        samples(),
+        epochs=2,
+        batch_size=8,
+        on_nonfinite="halve",
+        out=tmp_path,
+        resume=True,
+    )
+    assert set(again.rates) == {0.025}
+
+
+def test_stop_saves_the_batch(tmp_path):
+    game = Plain(spoil(2))
+    with pytest.raises(InputError, match=r"at step 2 \(its batch is in .*nonfinite-0"):
+        play(game, samples(), epochs=1, batch_size=8, on_nonfinite="stop", out=tmp_path)
+    kept = load_file(tmp_path / "nonfinite-0.safetensors")
+    assert kept["index"].tolist() == game.seen[2]
+    assert torch.equal(kept["x"], samples()[0][kept["index"]])
+
+
+def test_an_epoch_without_a_finite_update_ends_the_run():
+    with pytest.raises(InputError, match=r"no gradient of epoch 0 was finite \(5 updates"):
+        play(Plain(lambda losses, turn: losses * math.nan), samples(), epochs=3, batch_size=8)
+
+
+class Failing(Dataset):
+    """Samples of which one cannot be read."""
+
+    def __init__(self, bad):
+        self.bad = bad
+
+    def __len__(self):
+        return N
+
+    def __getitem__(self, i):
+        if i == self.bad:
+            raise OSError("no such image")
+        x, y = samples()
+        return x[i], y[i]
+
+
+def test_data_that_raises_is_told_with_epoch_and_step(tmp_path):
+    at = next(k for k, b in enumerate(Samples(Failing(None)).batches(0, 0, 8)) if 11 in b)
+    with pytest.raises(InputError, match=f"OSError in epoch 0, step {at}: no such image"):
+        play(Plain(), Failing(11), epochs=2, batch_size=8, out=tmp_path, save_every=0.0)
+    mended, whole = Plain(), Plain()
+    play(mended, Failing(None), epochs=2, batch_size=8, out=tmp_path, resume=True)
+    play(whole, samples(), epochs=2, batch_size=8)
+    assert equal(mended.weights, whole.weights)
+
+
+def test_a_batch_of_one_with_batch_norm_is_told():
+    with pytest.raises(InputError, match="larger batch_size"):
+        play(Plain(net=network(norm=True)), samples(), epochs=1, batch_size=1)
+    play(Plain(net=network(norm=True)), samples(), epochs=1, batch_size=N - 1)  # 19 and 18
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1"),
+        ({"batch_size": None}, "batch_size"),
+        ({"precision": "fp8"}, "precision is one of"),
+        ({"schedule": "linear"}, "no schedule 'linear'"),
+        ({"on_nonfinite": "cry"}, "on_nonfinite is one of"),
+        ({"ema": 1.0}, "ema"),
+        ({"clip": 0.0}, "clip"),
+        ({"patience": 2}, "give validate too"),
+        ({"validate": lambda modules: {"a": 1.0}, "figure": "b"}, "no figure 'b'"),
+        ({"trackers": ["abacus"]}, "not installed"),
+    ],
+)
+def test_options_that_cannot_be(changes, said):
+    with pytest.raises(InputError, match=said):
+        play(Plain(), samples(), **{"epochs": 1, "batch_size": 8, **changes})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda losses, turn: losses.mean(), "one loss per sample"),
+        (lambda losses, turn: turn.update("model") or losses, "no gradient reached"),
+        (lambda losses, turn: turn.module("critic"), "no module 'critic'"),
+    ],
+)
+def test_a_step_that_cannot_be(change, said):
+    with pytest.raises(InputError, match=said):
+        play(Plain(change), samples(), epochs=1, batch_size=8)
+
+
+# ------------------------------------------------------------------ devices
+
+
+def test_on_another_device_weights_are_those_of_the_cpu(tmp_path):
+    """On a device that computes, but does not mix with the CPU; stopped and resumed there."""
+    command = [sys.executable, games.__file__, "faked", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = torch.load(tmp_path / "found")
+    for case in games.FAKED:
+        assert equal(found[case, "there"], found[case, "cpu"]), case
+        assert found[case, "there rows"] == found[case, "cpu rows"]
+
+
+# ------------------------------------------------------------------ trackers
+
+
+def test_trackers_hear_every_epoch():
+    from accelerate.tracking import GeneralTracker
+
+    class Listener(GeneralTracker):
+        name, requires_logging_directory, main_process_only = "listener", False, True
+        tracker, heard, ended = None, [], False
+
+        def store_init_configuration(self, values):
+            self.asked = values
+
+        def log(self, values, step=None, **_):
+            self.heard.append((step, values))
+
+        def finish(self):
+            type(self).ended = True
+
+    listener = Listener()
+    history, _ = train(trackers=[listener])
+    assert listener.asked["epochs"] == 3
+    assert [step for step, _ in listener.heard] == [0, 1, 2]
+    assert listener.heard[2][1]["metrics/loss"] == history.rows[2]["metrics"]["loss"]
+    assert Listener.ended
+
+
+def test_ranks_of_one_process_do_nothing():
+    ranks, value = Ranks(), torch.ones(3)
+    assert ranks.world == 1
+    assert ranks.sum(value) is value
+    assert ranks.told("x") == "x"

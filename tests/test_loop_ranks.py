@@ -1,0 +1,69 @@
+"""Training in several processes gives what one process gives, and a dead one ends the others."""
+
+import socket
+import subprocess
+import sys
+import time
+
+import games
+import pytest
+import torch
+from games import Noisy, plain, train
+
+
+def free_port():
+    with socket.socket() as door:
+        door.bind(("127.0.0.1", 0))
+        return door.getsockname()[1]
+
+
+def launch(world, *arguments, seconds=120):
+    """Start a script of games.py in several processes by torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world)]
+    command += ["--master-port", str(free_port()), games.__file__, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
+def found(request, tmp_path_factory):
+    """What each process found, and the folder of the run that was stopped and resumed."""
+    folder = tmp_path_factory.mktemp("ranks")
+    done = launch(request.param, "ranks", folder)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"rank{rank}") for rank in range(request.param)], folder / "run"
+
+
+@pytest.mark.parametrize("case", games.CASES)
+def test_processes_give_the_weights_of_one(found, case):
+    """37 samples in batches of up to 8 are 8 + 8 + 7 + 7 + 7, in unequal parts."""
+    parts = [part[case] for part in found[0]]
+    history, expected = train(game=Noisy(), **games.CASES[case])
+    for part in parts:
+        for name, value in expected.items():
+            torch.testing.assert_close(part["weights"][name], value, rtol=1e-4, atol=1e-5)
+        assert part["rows"] == parts[0]["rows"]
+        assert (part["best"], part["stopped"]) == (history.best, history.stopped)
+    for row, one in zip(parts[0]["rows"], plain(history), strict=True):
+        assert row["metrics"] == pytest.approx(one["metrics"], rel=1e-4)
+
+
+def test_a_run_of_processes_that_is_resumed_ends_with_equal_weights(found):
+    """With batch norm, whose statistics are those of each part, dropout, average and memory."""
+    parts, folder = found
+    for part in parts:
+        for name, value in parts[0]["whole"].items():
+            assert torch.equal(part["whole"][name], value), name
+            assert torch.equal(part["resumed"][name], value), name
+        assert part["resumed rows"] == parts[0]["whole rows"]
+    assert len(list(folder.iterdir())) == 3  # only the first process wrote
+
+
+def test_one_that_fails_ends_the_others_with_its_error(tmp_path):
+    start = time.monotonic()
+    done = launch(2, "failing", tmp_path)
+    assert done.returncode != 0
+    assert "rank 1 is no more" in done.stderr
+    assert time.monotonic() - start < 60
+    for rank in range(2):
+        said = (tmp_path / f"rank{rank}").read_text()
+        assert "hold different gradients of 'model'" in said
