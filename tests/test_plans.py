@@ -17,7 +17,8 @@ import robustlearn as rl
 from robustlearn import report as rendering
 from robustlearn.attacks import ATTACKS, attack, unsuitable
 from robustlearn.errors import InputError
-from robustlearn.evaluate import PRESETS, diagnose, document, ensemble, plan
+from robustlearn.evaluate import PRESETS, document, judgement, plan
+from robustlearn.evaluate.diagnostics import Diagnosis
 from robustlearn.evaluate.plans import Budget, Step
 from robustlearn.evaluate.results import Audit
 
@@ -54,11 +55,12 @@ def brief(monkeypatch):
     wanted = ["gradient_available", "scores_add_little_to_gradients"]
     asked = []
 
-    def some(*given, **options):
-        asked.append(options["broken"])
-        return diagnose(*given, **options, checks=wanted)
+    class Brief(Diagnosis):
+        def verdict(self, broken):
+            asked.append(broken)
+            return super().verdict(broken, wanted)
 
-    monkeypatch.setattr(ensemble, "diagnose", some)
+    monkeypatch.setattr(judgement, "Diagnosis", Brief)
     return asked
 
 
@@ -446,31 +448,106 @@ def test_nearest_points_of_broken_samples(x, y, brief, filed):
 
 def test_a_verdict_is_of_all_attacks(x, y, brief, filed):
     """Score attacks that find much after the first diagnosis are evidence in the report's."""
+
+    def most(points, labels):
+        return torch.where((points == x[0]).all(1)[:, None], points, across(points, labels))
+
     filed("climbing", "gradient")
-    filed("finding", "scores", across)
+    filed("finding", "scores", most)
     given = {"attacks": ["climbing", "finding@audit"]}
     report = rl.evaluate(Hidden(), x, y, rl.LpBall(2, 20.0), **given)
-    assert report.attacked.value == 0
+    assert report.attacked.value == 1 / N
     failed = [f["check"] for f in report.verdict["findings"] if f["passed"] is False]
     assert failed == ["scores_add_little_to_gradients"]
     assert str(report).count("suspicious (1 of") == 1
-    filed("guessing", "labels", across)
+    filed("guessing", "labels", most)
     given = {"attacks": ["climbing", "guessing@audit"]}
     report = rl.evaluate(Hidden(), x, y, rl.LpBall(2, 20.0), **given)
     assert report.verdict["trustworthy"] is False
 
 
+def test_where_nothing_stands_nothing_is_suspicious(x, y, brief, filed):
+    """An upper bound of 0 cannot be too high, whatever was masked."""
+    filed("climbing", "gradient")
+    filed("finding", "scores", across)
+    attacks = ["climbing", "finding"]
+    report = rl.evaluate(Hidden(), x, y, rl.LpBall(2, 20.0), attacks=attacks)
+    assert report.attacked.value == 0
+    assert report.verdict["trustworthy"] is True
+    assert report.verdict["text"] == "certain: every sample is broken, or wrong from the start"
+
+
+def test_an_evaluation_without_attacks_is_not_trusted(x, y):
+    """A sound model and a masked one, and no budget for any attack."""
+    for net in (Hidden(), defences.Before(Hidden(), defences.rounded(8))):
+        labels = net(x).argmax(1)
+        given = {"budget": "gradients=0,forwards=0"}
+        report = rl.evaluate(net, x, labels, rl.LpBall(math.inf, 1e-4, **BOX), **given)
+        assert not any(run.attempted for run in report.attacks)
+        sound = isinstance(net, Hidden)
+        assert report.verdict["trustworthy"] is (None if sound else False)
+        assert report.verdict["text"].startswith("no verdict: no attack" if sound else "suspicious")
+    missed = rl.evaluate(Hidden(), x, y, rl.LpBall(math.inf, 0.1, **BOX), **given)
+    failed = [f["check"] for f in missed.verdict["findings"] if f["passed"] is False]
+    assert failed == ["evaluation_finds_what_probes_find"]
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_verdicts_do_not_depend_on_the_order_of_rows(x, mixed):
+    """Half of the samples meet a masked gradient; a prefix of a sorted data set does not."""
+    flag = torch.arange(N) % 2 if mixed else torch.arange(N) // (N // 2)
+    points = torch.cat([x[:, :5], flag[:, None].double()], 1)
+
+    class Half(Hidden):
+        def forward(self, x):
+            plain, masked = super().forward(x), super().forward((x * 64).round() / 64)
+            return torch.where(x[:, 5:] > 0.5, masked, plain)
+
+    labels = Half(-0.5)(points).argmax(1)
+    frozen = torch.tensor([1, 1, 1, 1, 1, 0])
+    threat = rl.LpBall(math.inf, 1e-3, **BOX, mask=frozen)
+    report = rl.evaluate(Half(-0.5), points, labels, threat, attacks="pgd:steps=3")
+    failed = [f["check"] for f in report.verdict["findings"] if f["passed"] is False]
+    assert "gradient_available" in failed
+    assert any("exactly zero for" in note for note in report.notes)
+
+
+def test_probes_are_made_once(x, y, filed):
+    """Breaks between two diagnoses change the record, not what the model is asked again."""
+
+    def some(points, labels):
+        odd = (points[:, 0] > 0.5)[:, None]
+        return torch.where(odd, across(points, labels), points)
+
+    filed("climbing", "gradient")
+    filed("finding", "scores", some)
+    attacks = ["climbing", "finding@audit"]
+    model = rl.wrap(Hidden())
+    report = rl.evaluate(model, x, y, rl.LpBall(2, 20.0), attacks=attacks)
+    assert run_of(report, "finding").broken > 9
+    assert 0 < report.verdict["backwards"] <= 60
+    assert model.backwards <= (1 + 60) * 64
+
+
 @pytest.mark.parametrize("p", [0, 3])
-def test_no_verdict_where_the_checks_know_no_norm(x, y, p):
-    report = rl.evaluate(Hidden(), x[:4], y[:4], rl.LpBall(p, 1, **BOX), attacks="fgsm")
+def test_checks_that_need_no_norm_run_for_every_p(x, y, p):
+    """They tell a masked model, but that they find nothing is no reason for trust."""
+    threat = rl.LpBall(p, {0: 1, 3: 0.01}[p], **BOX)
+    report = rl.evaluate(Hidden(), x[:40], y[:40], threat, attacks="fgsm")
     assert report.verdict["trustworthy"] is None
-    assert report.verdict["text"].startswith("no verdict")
+    assert report.verdict["text"].startswith("no verdict: the checks that compare attacks")
     assert "no verdict" in str(report)
+    masked = defences.Before(Hidden(), defences.rounded(4))
+    labels = masked(x).argmax(1)
+    report = rl.evaluate(masked, x[:40], labels[:40], threat, attacks="fgsm")
+    failed = [f["check"] for f in report.verdict["findings"] if f["passed"] is False]
+    assert "gradient_available" in failed
 
 
 def test_a_binary_network_is_not_suspicious_for_want_of_a_third_class(x, y, monkeypatch):
     checks = ["enough_classes_for_dlr", "gradient_available"]
-    monkeypatch.setattr(ensemble, "diagnose", lambda *a, **k: diagnose(*a, **k, checks=checks))
+    whole = Diagnosis.verdict
+    monkeypatch.setattr(Diagnosis, "verdict", lambda self, broken: whole(self, broken, checks))
     monkeypatch.setitem(PRESETS, "small", (Step("apgd", {"loss": "dlr", "steps": 5}),))
     report = rl.evaluate(Hidden(), x[:3], y[:3], rl.LpBall(2, 0.01), attacks="small")
     assert report.verdict["trustworthy"] is True
