@@ -15,7 +15,7 @@ from robustlearn.attacks import ATTACKS, unsuitable
 from robustlearn.certify import CERTIFICATES, Certificate, applicable
 from robustlearn.certify import certify as prove
 from robustlearn.errors import InputError
-from robustlearn.evaluate import draws, inputs
+from robustlearn.evaluate import draws, fingerprint, inputs
 from robustlearn.evaluate.harness import Harness, Progress, Tally, attacked
 from robustlearn.evaluate.judgement import Judgement
 from robustlearn.evaluate.knowledge import Knowledge
@@ -154,7 +154,11 @@ class _Evaluation:
         self.sizes = (int(self.model.num_classes or 2), halvings)  # what a step's cost depends on
         self.state = None
         if resume is not None:
-            self.state = State(Path(resume), self._question(), self.known.clean.numpy())
+            self.state = State(
+                Path(resume),
+                self._question(),
+                fingerprint.behaviour(harness, self.known.clean),
+            )
 
     def report(
         self, data: str, classes: Sequence[str] | None, names: tuple[str, ...] | None
@@ -211,6 +215,7 @@ class _Evaluation:
         digest = hashlib.sha256(self.x.numpy().tobytes() + self.y.numpy().tobytes())
         return {
             "data": digest.hexdigest(),
+            "model": fingerprint.identity(self.model),
             "threat": self.threat.describe(),
             "samples": self.harness.numbers.tolist(),
             "attacks": [step.label for step in self.steps],
