@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 import robustlearn as rl
+from robustlearn import losses
 from robustlearn import report as rendering
 from robustlearn.attacks import ATTACKS, attack, unsuitable
 from robustlearn.errors import InputError
@@ -24,6 +25,7 @@ from robustlearn.evaluate.results import Audit
 
 N, D, EPS = 200, 6, 0.05
 BOX = {"lower": 0.0, "upper": 1.0}
+REG = "regression"
 WEIGHT = torch.tensor([1.0, -2.0, 0.5, 1.5, -1.0, 3.0], dtype=torch.float64)
 
 
@@ -136,6 +138,12 @@ def test_scopes_and_options_of_a_step():
             plan(wrong)
     with pytest.raises(InputError, match="at least one attack"):
         plan([])
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4])
+def test_targeted_dlr_gives_way_to_the_margin_under_four_classes(classes):
+    step = Step("apgd", {"loss": "dlr", "targets": 9}).defined(classes)
+    assert step.options["loss"] == ("dlr" if classes == 4 else "margin")
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -438,9 +446,12 @@ def test_nearest_points_of_broken_samples(x, y, brief, filed):
     assert [s.broken_by for s in plain.samples] == [s.broken_by for s in near.samples]
     assert near.attacked == plain.attacked
     assert near.attacks[1].attempted == N > plain.attacks[1].attempted
-    lower = np.array(near.to_dict()["curve"]["attacked"])
-    assert (lower <= plain.to_dict()["curve"]["attacked"]).all()
-    assert lower.sum() < sum(plain.to_dict()["curve"]["attacked"])
+    lower, upper = (
+        np.array([share for share in r.to_dict()["curve"]["attacked"] if share is not None])
+        for r in (near, plain)
+    )
+    assert (lower <= upper).all()
+    assert lower.sum() < upper.sum()
 
 
 # ---------------------------------------------------------------------- verdicts
@@ -656,12 +667,114 @@ def test_changed_features_are_counted(x, y):
     jsonschema.validate(document([report]), schema)
 
 
-def test_regressors_take_scopes_as_all(brief):
-    generator = np.random.default_rng(0)
-    x = generator.random((150, 3))
-    y = x @ [1.0, -2.0, 0.5] + 0.1 * generator.standard_normal(150)
-    given = {"attacks": ["pgd:steps=3@near", "square:queries=5@audit"], "certify": "none"}
-    report = rl.evaluate(Ridge(0.1).fit(x, y), x, y, rl.LpBall(2, 0.1), **given)
-    assert [run.attempted for run in report.attacks] == [150, 150]
-    assert all(run.audit is None for run in report.attacks)
+def wavy_regressor():
+    """Return a smooth regressor and samples whose slopes, and so whose gains, differ."""
+    model = rl.wrap(defences.After(nn.Linear(3, 1).double(), lambda z: (3 * z).exp()), task=REG)
+    x = torch.rand(150, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return model, x, model(x).detach() + 0.1
+
+
+def test_near_samples_of_a_regressor_are_those_whose_loss_grew_most(brief, filed):
+    model, x, y = wavy_regressor()
+    seen = filed("watching", "scores")
+    attacks = ["pgd:steps=5", "watching@near"]
+    report = rl.evaluate(model, x, y, rl.LpBall(2, 0.1), attacks=attacks)
+    gain = np.array([s.attacked_loss - s.clean_loss for s in report.samples])
+    assert rows_of(seen, x) == sorted(gain.argsort()[-38:].tolist())
+    assert report.attacks[1].audit is None
+
+
+def test_standard_costs_a_regressor_no_more_than_a_classifier(brief):
+    model, x, y = wavy_regressor()
+    report = rl.evaluate(model, x, y, rl.LpBall(2, 0.1))
+    assert 0 < sum(run.backwards for run in report.attacks) <= 150 * 130
     assert report.attacked.value > report.clean.value
+
+
+# ---------------------------------------------------------------------- what cannot be asked
+
+
+@pytest.mark.parametrize(
+    ("attacks", "said"),
+    [
+        ("pgd:loss=targeted_margin", "pushes towards y, .* targets=9, .* restarts="),
+        ("square:loss=targeted_dlr", "pushes towards y"),
+        ("pgd:loss=luck", "there is no loss 'luck'; there are margin"),
+        ("pgd:step_size=abc", "pgd: step_size must be float; got 'abc'"),
+        ("pgd:generator=abc", "generator must be like 0"),
+        ("apgd:start=3", "apgd: start must be Tensor; got 3"),
+        ("pgd:steps=3:steps=4", "gives steps twice"),
+        ([("pgd", {"loss": losses.targeted_margin})], "pushes towards y"),
+        ([("pgd", {"steps": np.float64(2.5)})], "steps must be like 40"),
+        ([("pgd", {"steps": None})], "steps must be like 40"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(attacks, said):
+    with pytest.raises(InputError, match=said):
+        plan(attacks)
+
+
+def test_options_of_numpys_kinds_are_plain_numbers():
+    (step,) = plan([("pgd", {"steps": np.int64(5), "step_size": np.float32(0.5)})])
+    assert step == Step("pgd", {"steps": 5, "step_size": 0.5})
+    assert type(step.options["steps"]) is int
+    assert plan([("pgd", {"step_size": 1, "precision": None})])[0].option("step_size") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"budget": {"gradients": 5}}, "a budget is text as .*; got dict"),
+        ({"budget": "gradients=5,gradients=6"}, "write a budget as"),
+        ({"seed": None}, "seed must be a whole number .*; got None"),
+        ({"seed": 2**63}, "fits into 64 bits"),
+        ({"indices": range(5)}, r"one number for each of the 4 samples; got shape \(5,\)"),
+        ({"indices": [0, 1, 2, 2]}, r"must differ.*\[2\] came more than once"),
+        ({"indices": [0.0, 1.0, 2.0, 3.5]}, "must be whole numbers"),
+    ],
+)
+def test_what_evaluate_cannot_use_is_refused(x, y, given, said):
+    with pytest.raises(InputError, match=said):
+        rl.evaluate(Hidden(), x[:4], y[:4], rl.LpBall(2, 0.1), attacks="fgsm", **given)
+
+
+def test_budgets_are_whole_numbers():
+    for wrong in (-1, 2.5, "3", True):
+        with pytest.raises(InputError, match="gradients must be a whole number from 0"):
+            Budget(wrong)
+    assert Budget(np.int64(3)).gradients == 3
+
+
+@pytest.mark.parametrize(("p", "eps"), [(0, 1), (1.5, 0.05)])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_attacks_under_unusual_norms(x, y, p, eps, preset, brief):
+    report = rl.evaluate(Hidden(), x[:20], y[:20], rl.LpBall(p, eps, **BOX), attacks=preset)
+    assert any(run.attempted for run in report.attacks)
+    assert report.attacked.value < 1
+
+
+def test_a_preset_without_any_attack_is_refused(x, y):
+    box = rl.wrap(lambda rows: Hidden()(torch.as_tensor(rows)).detach().numpy(), output="logits")
+    with pytest.raises(InputError, match="the preset has no attack for this model and L1.5"):
+        rl.evaluate(box, x[:20], y[:20], rl.LpBall(1.5, 0.05, **BOX))
+
+
+def test_what_a_budget_leaves_out_is_told(x, y, brief):
+    limits = "gradients=3,forwards=20"
+    given = {"attacks": "pgd:steps=3,fab,square:queries=60@audit", "budget": limits}
+    report = rl.evaluate(Hidden(), x, y, rl.LpBall(2, 1e-6), **given)
+    assert f"note: the budget {limits} leaves nothing for fab" in str(report)
+    run = run_of(report, "square")
+    queries = run.forwards // run.attempted
+    assert f"tried with {queries} queries each on 64 samples chosen at random" in str(report)
+
+
+def test_the_curve_of_attacks_ends_where_they_searched(x, y, brief):
+    report = rl.evaluate(Hidden(), x, y, rl.LpBall(2, EPS), attacks="pgd:steps=5")
+    curve = report.to_dict()["curve"]
+    known = [share for share in curve["attacked"] if share is not None]
+    assert curve["attacked"][: len(known)] == known
+    assert known[-1] == report.attacked.value
+    assert curve["eps"][len(known) - 1] == pytest.approx(EPS, rel=1e-12)
+    assert len(known) < len(curve["eps"])
+    assert "Accuracy against" in rendering.page(document([report]))

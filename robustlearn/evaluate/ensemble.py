@@ -19,7 +19,7 @@ from robustlearn.evaluate import draws, fingerprint, inputs
 from robustlearn.evaluate.harness import Harness, Progress, Tally, attacked
 from robustlearn.evaluate.judgement import Judgement
 from robustlearn.evaluate.knowledge import Knowledge
-from robustlearn.evaluate.plans import HALVINGS, PRESETS, SHARES, Budget, Step, plan
+from robustlearn.evaluate.plans import HALVINGS, PRESETS, SHARES, Budget, Step, plan, widened
 from robustlearn.evaluate.results import AttackRun, Audit, Report
 from robustlearn.evaluate.state import State
 from robustlearn.models import labels as labels_of
@@ -106,12 +106,13 @@ def evaluate(
     model = wrap(model)
     names = tuple(feature_names) if feature_names is not None else inputs.columns(x)
     points = inputs.points(x, threat)
-    steps = plan(attacks)
-    limits = Budget.parse(budget) if isinstance(budget, str) else budget or Budget()
+    explicit = not (isinstance(attacks, str) and attacks in PRESETS)
+    steps = plan(attacks) if explicit else widened(plan(attacks), threat.p)
+    limits, seed = Budget.of(budget), inputs.seed(seed)
+    numbers = inputs.numbers(indices, len(points))
     with model.on(device):
         points = threat.cast(points, model.dtype)
         labels = labels_of(model, points, y)
-        numbers = torch.arange(len(points)) if indices is None else torch.as_tensor(indices)
         harness = Harness(
             model, points, labels, threat, numbers, max(1, batch_size), seed, progress or _silent
         )
@@ -122,7 +123,7 @@ def evaluate(
             limits,
             resume,
             nearest=nearest,
-            explicit=not (isinstance(attacks, str) and attacks in PRESETS),
+            explicit=explicit,
         ).report(data, classes, names)
 
 
@@ -173,16 +174,13 @@ class _Evaluation:
         steps = self.steps
         if not self.explicit and self.model.task == "classification":
             steps = [step.defined(self.sizes[0]) for step in steps]
+        self._check_that_one_fits(steps, fault)
         runs = [self._attack(step, fault) for step in steps]
         self.known.shrink()
         self.known.check(certificate)
         verdict = self.judgement.verdict(self.broke, certificate)
         predictions = self.known.predictions()
         found, proven = self.known.totals(certificate)
-        if not any(run.attempted for run in runs) and bool(self.known.standing.any()):
-            self.notes.append(
-                "no attack ran on this model and threat: the attacked figure is only the clean one"
-            )
         columns = self.model.classes
         named = columns if classes is None else classes
         if columns is not None and columns.tolist() != list(range(len(columns))):
@@ -260,6 +258,7 @@ class _Evaluation:
             return AttackRun(step.label, skipped=reason)
         affordable = self.budget.less(self.spent).trimmed(step, *self.sizes)
         if affordable is None:
+            self.notes.append(f"the budget {self.budget} leaves nothing for {step.label}")
             return AttackRun(step.label, skipped=f"the budget is spent: {self.budget}")
         if affordable.label in self.broke:
             return AttackRun(step.label, skipped="the same attack has run already")
@@ -291,8 +290,18 @@ class _Evaluation:
             forwards=tally.forwards,
             backwards=tally.backwards,
             seconds=tally.seconds,
-            audit=Audit(tried=len(rows), left=len(rest)) if len(rest) else None,
+            audit=self._audit(affordable, rows, rest) if len(rest) else None,
         )
+
+    def _check_that_one_fits(self, steps: list[Step], fault: str | None) -> None:
+        """Raise an InputError where a preset has no attack for the model and the threat."""
+        reasons = [self._unfit(step, fault) for step in steps]
+        if None not in reasons:
+            told = "; ".join(dict.fromkeys(str(reason) for reason in reasons))
+            raise InputError(
+                f"the preset has no attack for this model and {self.threat}: {told}. Name attacks "
+                "that take it, or choose p = 1, 2 or inf"
+            )
 
     def _unfit(self, step: Step, fault: str | None) -> str | None:
         """Say why an attack cannot run."""
@@ -320,12 +329,11 @@ class _Evaluation:
         if self.broke:  # one attack has met the certified samples, and none can break them
             standing = standing & ~self.proven
         rows = standing.nonzero().squeeze(1)
+        if not every and step.scope in SHARES and len(rows) > FEW:
+            order = self.known.reserve()[rows].argsort()
+            return rows[order[: math.ceil(SHARES[step.scope] * len(rows))]].sort().values
         if every or self.model.task != "classification":
             return rows
-        if step.scope in SHARES and len(rows) > FEW:
-            way = (self.known.value - self.known.worst)[rows]
-            order = (self.known.worst[rows] / way.clamp_min(torch.finfo(way.dtype).tiny)).argsort()
-            return rows[order[: math.ceil(SHARES[step.scope] * len(rows))]].sort().values
         if step.scope == "audit" and len(rows) > 2 * AUDITED and not self._masked():
             order = draws.shuffled(self.harness.seed, self.harness.numbers[rows])
             return rows[order[:AUDITED]].sort().values
@@ -338,6 +346,11 @@ class _Evaluation:
         left = self.known.standing & ~self.proven
         left[rows] = False
         return left.nonzero().squeeze(1)
+
+    def _audit(self, step: Step, rows: Tensor, rest: Tensor) -> Audit:
+        cost = step.cost(*self.sizes)
+        effort = f"{cost.gradients} gradients" if cost.gradients else f"{cost.forwards} queries"
+        return Audit(tried=len(rows), left=len(rest), effort=effort)
 
     def _masked(self) -> bool:
         """Tell whether black-box attacks must run in full: gradients are missing or suspicious."""
