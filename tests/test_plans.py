@@ -755,7 +755,7 @@ def test_every_preset_attacks_under_unusual_norms(x, y, p, eps, preset, brief):
 
 def test_a_preset_without_any_attack_is_refused(x, y):
     box = rl.wrap(lambda rows: Hidden()(torch.as_tensor(rows)).detach().numpy(), output="logits")
-    with pytest.raises(InputError, match="the preset has no attack for this model and L1.5"):
+    with pytest.raises(InputError, match=r"the preset has no attack for this model and L1\.5"):
         rl.evaluate(box, x[:20], y[:20], rl.LpBall(1.5, 0.05, **BOX))
 
 
