@@ -761,9 +761,11 @@ def test_a_preset_without_any_attack_is_refused(x, y):
 
 def test_what_a_budget_leaves_out_is_told(x, y, brief):
     limits = "gradients=3,forwards=20"
-    given = {"attacks": "pgd:steps=3,fab,square:queries=60@audit", "budget": limits}
+    attacks = "pgd:steps=3,fab,retreat:queries=30@masked,square:queries=60@audit"
+    given = {"attacks": attacks, "budget": limits}
     report = rl.evaluate(Hidden(), x, y, rl.LpBall(2, 1e-6), **given)
     assert f"note: the budget {limits} leaves nothing for fab" in str(report)
+    assert "nothing for retreat" not in str(report)  # it would not have run anyway
     run = run_of(report, "square")
     queries = run.forwards // run.attempted
     assert f"tried with {queries} queries each on 64 samples chosen at random" in str(report)

@@ -256,15 +256,16 @@ class _Evaluation:
             raise InputError(reason)
         if reason is not None:
             return AttackRun(step.label, skipped=reason)
+        rows = self._chosen(step)
+        if step.scope == "masked" and len(rows) and not self._masked():
+            return AttackRun(step.label, skipped="the gradients show no sign of masking")
         affordable = self.budget.less(self.spent).trimmed(step, *self.sizes)
         if affordable is None:
-            self.notes.append(f"the budget {self.budget} leaves nothing for {step.label}")
+            if len(rows):
+                self.notes.append(f"the budget {self.budget} leaves nothing for {step.label}")
             return AttackRun(step.label, skipped=f"the budget is spent: {self.budget}")
         if affordable.label in self.broke:
             return AttackRun(step.label, skipped="the same attack has run already")
-        rows = self._chosen(affordable)
-        if step.scope == "masked" and len(rows) and not self._masked():
-            return AttackRun(step.label, skipped="the gradients show no sign of masking")
         if affordable.label != step.label:
             self.notes.append(
                 f"the budget {self.budget} shortens {step.label} to {affordable.label}"
