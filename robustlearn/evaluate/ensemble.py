@@ -65,7 +65,8 @@ def evaluate(
         AutoAttack), names, or (name, options) pairs; in this order, each on the samples that
         still stand. A step may keep to those near the boundary, or to an audit of a random few;
         an audit that breaks one goes on with all, and the report bounds what it left undone.
-        Samples that are certified are attacked once, as a check of the certificate.
+        Samples that are certified are attacked once, as a check of the certificate. Where p is
+        not 1, 2 or ∞, presets end with what takes any norm: `fgsm` and `deepfool`.
     certify : ``"auto"``, a method, or ``"none"``.
     budget : the most gradients and forward passes a sample, ``"gradients=60,forwards=500"``;
         attacks are shortened to fit, or left out, and the report says which. What it takes to
@@ -90,7 +91,8 @@ def evaluate(
 
     Raises
     ------
-    InputError for input that cannot be used; AttackError and ContradictionError for a fault of
+    InputError for input that cannot be used, and where a preset has no attack for the model and
+    the threat; AttackError and ContradictionError for a fault of
     an attack or a certificate.
 
     Examples
