@@ -12,6 +12,7 @@ from torch import Tensor
 
 from robustlearn import _tensor, losses
 from robustlearn.errors import AttackError
+from robustlearn.evaluate import draws
 from robustlearn.evaluate.state import State
 from robustlearn.models import Model
 from robustlearn.threats import LpBall
@@ -78,8 +79,7 @@ class Harness:
         Each point is checked against the threat in float64 without tolerance.
         """
         takes_keys = "generator" in inspect.signature(attack).parameters
-        base = torch.full((len(self.x),), self.seed, dtype=torch.int64)
-        keys = _tensor.fold(base, self.numbers)
+        keys = draws.keys(self.seed, self.numbers)
 
         def work(batch: Tensor) -> Tensor:
             given = dict(options)
