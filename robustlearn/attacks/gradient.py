@@ -285,8 +285,9 @@ def _climb(model: Model, path: Path, threat: LpBall, plan: _Plan) -> list[Path]:
     step, walk = stepper(threat, path.x), _Walk(path, threat, plan)
     for climb, size in zip(plan.climbs, plan.sizes, strict=True):
         goal = climb if path.goal is None else Along(path.goal, plan.final)
-        gradient, value, output = model.gradient(path.point, path.y, goal, plan.precision)
-        _record(model, path, plan, value, output, plan.precision)
+        seen = threat.land(path.x, path.point)
+        gradient, value, output = model.gradient(seen, path.y, goal, plan.precision)
+        _record(model, path, seen, plan, value, output, plan.precision)
         leaves = path.broken
         if walk.circles and climb is plan.climbs[-1]:
             leaves = leaves | walk.returned(path.point)
@@ -303,21 +304,28 @@ def _climb(model: Model, path: Path, threat: LpBall, plan: _Plan) -> list[Path]:
         for done in (*left, path) if len(path.rows) else left:
             done.measure(model, plan.final, stop=plan.stop)
     if len(path.rows):
-        output = model(path.point)
-        _record(model, path, plan, plan.final.look(output, path.y)[0], output, None)
+        seen = threat.land(path.x, path.point)
+        output = model(seen)
+        _record(model, path, seen, plan, plan.final.look(output, path.y)[0], output, None)
     return [*left, path]
 
 
 def _record(
-    model: Model, path: Path, plan: _Plan, value: Tensor, output: Tensor, precision: str | None
+    model: Model,
+    path: Path,
+    seen: Tensor,
+    plan: _Plan,
+    value: Tensor,
+    output: Tensor,
+    precision: str | None,
 ) -> None:
-    """Keep the better points; tell which samples are broken, if that is to stop them."""
+    """Keep the better points seen; tell which samples are broken, if that is to stop them."""
     broken = None
     if plan.stop:
         margin = plan.final is losses.margin  # its sign tells
         broken = value > 0 if margin else plan.final.broken(output, path.y)
-        broken = path.broken | confirmed(model, path, plan.final, broken, precision)
-    path.record(value, broken)
+        broken = path.broken | confirmed(model, seen, path.y, plan.final, broken, precision)
+    path.record(seen, value, broken)
 
 
 class _Walk(Rows):
