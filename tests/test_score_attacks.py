@@ -177,8 +177,8 @@ def test_estimated_gradients_break_linear_models_near_the_exact_distance(noise, 
 @pytest.mark.parametrize(
     ("run", "said"),
     [
-        (lambda *a: square(*a, queries=0), "queries start at 1"),
-        (lambda *a: retreat(*a, queries=0), "queries start at 1"),
+        (lambda *a: square(*a, queries=0), "square: queries must be"),
+        (lambda *a: retreat(*a, queries=0), "retreat: queries must be"),
         (lambda *a: nes(*a, queries=20), "a step takes 21 queries"),
         (lambda *a: nes(*a, noise="uniform"), "normal or signs"),
     ],

@@ -215,8 +215,6 @@ class Hunt:
 
     def rivals(self, most: int) -> list[Toward | None]:
         """Return goals in the order of closeness: z_j − z_y of each rival, or the loss itself."""
-        if most < 1:
-            raise InputError(f"rivals starts at 1; got {most}")
         if self.size == 0:
             return []
         if self.loss is not losses.margin:

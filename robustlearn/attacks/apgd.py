@@ -104,10 +104,6 @@ def apgd(
     >>> x_adv.abs()
     tensor([[0.1000, 0.1000]])
     """
-    if steps < 1 or restarts < 1 or targets < 0:
-        raise InputError(
-            f"steps and restarts start at 1, targets at 0; got {steps}, {restarts} and {targets}"
-        )
     final = sharp(losses.get(loss, str(model.task)))
     goals = _goals(model, x, y, final, targets, restarts)
     plan = _Plan(final, steps, stop_when_broken, precision)

@@ -22,7 +22,7 @@ from robustlearn.attacks.ascent import (
     stepper,
     unit,
 )
-from robustlearn.attacks.base import attack
+from robustlearn.attacks.base import WEIGHT, attack
 from robustlearn.errors import InputError
 from robustlearn.models import Model
 from robustlearn.threats import LpBall
@@ -64,7 +64,7 @@ def fgsm(model: Model, x: Tensor, y: Tensor, threat: LpBall, *, loss: Any = None
     return threat.restrict(x, threat.argmax(gradient, x))
 
 
-@attack(needs="gradient", norms="1, 2, inf")
+@attack(needs="gradient", norms="1, 2, inf", momentum=WEIGHT)
 def pgd(
     model: Model,
     x: Tensor,
@@ -136,8 +136,6 @@ def pgd(
     >>> bool(threat.contains(torch.full((1, 2), 0.5), x_adv))
     True
     """
-    if steps < 1 or restarts < 1:
-        raise InputError(f"steps and restarts start at 1; got {steps} and {restarts}")
     if schedule not in ("cosine", "constant"):
         raise InputError(f"schedule must be cosine or constant; got {schedule!r}")
     if starts not in ("uniform", "mixed"):
@@ -165,7 +163,7 @@ def pgd(
     return _run(model, x, y, threat, plan, restarts, start)
 
 
-@attack(needs="gradient", norms="1, 2, inf")
+@attack(needs="gradient", norms="1, 2, inf", decay=WEIGHT)
 def mi_fgsm(
     model: Model,
     x: Tensor,
@@ -206,8 +204,6 @@ def mi_fgsm(
     >>> mi_fgsm(net, torch.zeros(1, 2), torch.tensor([0]), threat, stop_when_broken=False).abs()
     tensor([[0.1000, 0.1000]])
     """
-    if steps < 1 or restarts < 1:
-        raise InputError(f"steps and restarts start at 1; got {steps} and {restarts}")
     final = sharp(losses.get(loss, str(model.task)))
     plan = _Plan(
         final=final,

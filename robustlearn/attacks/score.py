@@ -10,7 +10,7 @@ from torch import Tensor
 
 from robustlearn import _tensor, losses
 from robustlearn._tensor import column, flat, per_sample
-from robustlearn.attacks.base import attack
+from robustlearn.attacks.base import POSITIVE, WEIGHT, attack
 from robustlearn.errors import InputError
 from robustlearn.models import Model
 from robustlearn.threats import LpBall
@@ -67,11 +67,9 @@ def square(
     --------
     >>> threat = LpBall(float("inf"), 0.5)
     >>> x, y = torch.zeros(1, 3), torch.tensor([0])
-    >>> square(lambda a: a @ [[1, -1]] * 3, x, y, threat, queries=20)  # a black box
+    >>> square(lambda a: a @ ([[1, -1]] * 3), x, y, threat, queries=20)  # a black box
     tensor([[-0.5000, -0.5000, -0.5000]])
     """
-    if queries < 1:
-        raise InputError(f"queries start at 1; got {queries}")
     chosen = losses.get(loss, str(model.task))
     keys = _tensor.keys(generator, x)
     start, move = moves(threat, x)
@@ -308,7 +306,7 @@ def _left(threat: LpBall, kept: Tensor) -> Tensor:
 # ---------------------------------------------------------------------- estimated gradients
 
 
-@attack(needs="scores", norms="1, 2, inf")
+@attack(needs="scores", norms="1, 2, inf", radius=POSITIVE, momentum=WEIGHT)
 def nes(
     model: Model,
     x: Tensor,
@@ -352,12 +350,12 @@ def nes(
     --------
     >>> threat = LpBall(float("inf"), 0.5)
     >>> x, y = torch.zeros(1, 3), torch.tensor([0])
-    >>> nes(lambda a: a @ [[1, -1]] * 3, x, y, threat, queries=50)
+    >>> nes(lambda a: a @ ([[1, -1]] * 3), x, y, threat, queries=50)
     tensor([[-0.5000, -0.5000, -0.5000]])
     """
     if noise not in ("normal", "signs"):
         raise InputError(f"noise must be normal or signs; got {noise!r}")
-    if directions < 1 or queries < 2 * directions + 2:
+    if queries < 2 * directions + 2:
         raise InputError(
             f"a step takes {2 * directions + 1} queries and x takes one; got {queries} in all"
         )
