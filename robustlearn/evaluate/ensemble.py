@@ -16,7 +16,7 @@ from robustlearn.certify import CERTIFICATES, Certificate, applicable
 from robustlearn.certify import certify as prove
 from robustlearn.errors import InputError
 from robustlearn.evaluate import draws, fingerprint, inputs
-from robustlearn.evaluate.harness import Harness, Progress, Tally, attacked
+from robustlearn.evaluate.harness import WHOLE, Harness, Progress, Tally, attacked
 from robustlearn.evaluate.judgement import Judgement
 from robustlearn.evaluate.knowledge import Knowledge
 from robustlearn.evaluate.plans import HALVINGS, PRESETS, SHARES, Budget, Step, plan, widened
@@ -77,7 +77,8 @@ def evaluate(
     batch_size : samples sent together; halved when the memory does not suffice.
     device : ``"auto"`` for an accelerator if there is one, a torch device, or None for where
         the model is. A torch module is moved back afterwards.
-    progress : called as ``progress(stage, done, total)``.
+    progress : called as ``progress(stage, done, total)``; the stage ``"evaluation"`` is all of
+        it, in passes through the model as they are expected.
     resume : folder in which finished batches and all adversarial points are kept; an evaluation
         that was interrupted goes on from there.
     data, classes, feature_names : what to call things in the report.
@@ -177,7 +178,7 @@ class _Evaluation:
         if not self.explicit and self.model.task == "classification":
             steps = [step.defined(self.sizes[0]) for step in steps]
         self._check_that_one_fits(steps, fault)
-        runs = [self._attack(step, fault) for step in steps]
+        runs = self._attacks(steps, fault)
         self.known.shrink()
         self.known.check(certificate)
         verdict = self.judgement.verdict(self.broke, certificate)
@@ -251,6 +252,25 @@ class _Evaluation:
         return None, about
 
     # ------------------------------------------------------------------ attacks
+
+    def _attacks(self, steps: Sequence[Step], fault: str | None) -> list[AttackRun]:
+        """Run the steps; tell how much of their likely cost is behind."""
+        costs = [self._likely(step) for step in steps]
+        runs: list[AttackRun] = []
+        for number, step in enumerate(steps):
+            self.harness.progress(WHOLE, sum(costs[:number]), sum(costs))
+            runs.append(self._attack(step, fault))
+        self.harness.progress(WHOLE, sum(costs), sum(costs))
+        return runs
+
+    def _likely(self, step: Step) -> int:
+        """Return the passes that a step takes if all samples stand and no gradient is masked."""
+        if step.scope == "masked" or self._unfit(step, None) is not None:
+            return 0
+        cost = step.cost(*self.sizes)
+        audited = min(1.0, AUDITED / len(self.x)) if step.scope == "audit" else 1.0
+        share = SHARES.get(step.scope, audited)
+        return math.ceil(share * len(self.x) * (2 * (cost.gradients or 0) + (cost.forwards or 0)))
 
     def _attack(self, step: Step, fault: str | None) -> AttackRun:
         reason = self._unfit(step, fault)

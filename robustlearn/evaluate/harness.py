@@ -18,6 +18,7 @@ from robustlearn.models import Model
 from robustlearn.threats import LpBall
 
 Progress = Callable[[str, int, int], None]
+WHOLE = "evaluation"  # the stage that stands for all
 
 
 @dataclass
