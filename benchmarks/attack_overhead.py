@@ -164,7 +164,7 @@ def _adv_lib(net: nn.Module, eps: float, step: float) -> Attack:
 def stand_ins() -> None:
     """Let adv-lib be imported without what it needs for other attacks and for plots."""
     for package in ("torchvision", "visdom"):
-        if importlib.util.find_spec(package) is None:
+        if package not in sys.modules and importlib.util.find_spec(package) is None:
             for name in (package, f"{package}.models", f"{package}.transforms"):
                 sys.modules.setdefault(name, _Anything(name))
 

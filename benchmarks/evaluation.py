@@ -7,7 +7,8 @@ the point is within ε (1e-6 of tolerance for peers, none for us) and the box.
 
 Tables: 1 evaluations against AutoAttack's protocol as torchattacks runs it (100 iterations, 9
 targets, 5,000 queries), 2 verified instances of VNN-COMP 2021, 3 single attacks beside their
-peers at equal gradients, 4 gradients in bfloat16, 5 growth. Networks by others are used where
+peers at equal gradients, 4 gradients in bfloat16, 5 growth, 6 attacks that see labels only, by
+the distance they reach. Networks by others are used where
 their folder is; without it a network of digits shows that the benchmark runs.
 """
 
@@ -485,6 +486,60 @@ def growth(full: bool, seed: int) -> Iterator[Row]:
             yield {"network": name, "samples": samples, "steps": steps, "targets": targets, **row}
 
 
+QUERIES = 1000  # of attacks that see labels only
+FAR = {math.inf: 1.0, 2: 50.0}  # beyond any distance here: all of the way back counts
+
+
+def label_attacks(full: bool, seed: int) -> Iterator[Row]:
+    queries, n = (QUERIES, 50) if full else (100, 8)
+    for name, net, x, y, threat in cells(full, seed):
+        far = rl.LpBall(threat.p, FAR[threat.p], lower=0, upper=1)
+        mine = {"queries": queries, "stop_when_broken": False}
+        methods = [(own, ours(own, **mine), 0.0) for own in ("retreat", "hop_skip_jump")]
+        if _importable("foolbox"):
+            methods += [(f"foolbox {peer}", foolbox(peer, queries), 1e-6) for peer in PEERS]
+        for label, method, slack in methods:
+            row = measured(label, method, net, x[:n], y[:n], far, slack)
+            yield {"network": name, "norm": str(threat.p), "seed": seed, **row}
+
+
+# peers, with their options for so many queries
+PEERS: dict[str, Callable[[int], Row]] = {
+    "BoundaryAttack": lambda queries: {"steps": queries},
+    "HopSkipJumpAttack": lambda queries: {
+        "steps": 5,
+        "initial_gradient_eval_steps": queries // 12,
+    },
+}
+
+
+def foolbox(name: str, queries: int) -> Method:
+    """One attack of foolbox; what it asks before and after its steps is counted, not cut."""
+
+    def method(net: nn.Module, x: Tensor, y: Tensor, threat: rl.LpBall) -> Tensor:
+        import foolbox as fb
+
+        options = PEERS[name](queries)
+        start = fb.attacks.LinearSearchBlendedUniformNoiseAttack(steps=20)
+        if name == "HopSkipJumpAttack":
+            options["constraint"] = "linf" if math.isinf(threat.p) else "l2"
+        attack = getattr(fb.attacks, name)(init_attack=start, **options)
+        wrapped = fb.PyTorchModel(net, bounds=(0, 1))
+        found = []
+        for _, a, b in _batches(x, y):
+            begun = start.run(wrapped, a, fb.criteria.Misclassification(b))
+            begun = torch.where((net(begun).argmax(1) != b)[:, None, None, None], begun, 1 - a)
+            found.append(attack.run(wrapped, a, b, starting_points=begun))
+        return torch.cat(found)
+
+    return method
+
+
+def show_labels(rows: list[Row]) -> None:
+    names = ("network", "norm", "method", "robust", "n", "median_distance", "forwards")
+    draw("6. Attacks that see labels only", names, pick(rows, names))
+
+
 def show_growth(rows: list[Row]) -> None:
     top = {key: max(r[key] for r in rows) for key in ("samples", "steps", "targets")}
     low = {"samples": top["samples"], "steps": 20, "targets": 1}
@@ -529,6 +584,7 @@ TABLES: recording.Tables = {
     3: (single_attacks, show_singles),
     4: (half_precision, show_half),
     5: (growth, show_growth),
+    6: (label_attacks, show_labels),
 }
 
 

@@ -34,6 +34,11 @@ class Loss:
         self.name = function.__name__
         self.task = "classification" if won is not None else "regression"
 
+    @property
+    def targeted(self) -> bool:
+        """Whether the adversary wins where the prediction is y: then y is a target, no label."""
+        return self._won is reached
+
     def __call__(self, output: Tensor, y: Tensor) -> Tensor:
         """Return the loss of each sample, shape (n,)."""
         return self.function(output, y)

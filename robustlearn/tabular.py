@@ -1,7 +1,7 @@
 """Threats for rows of features: integers, categories, features that only rise, fall or stand."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +12,7 @@ from robustlearn._tensor import column, flat
 from robustlearn.errors import InputError
 from robustlearn.threats import ROUNDING, LpBall
 
+AHEAD = 0.1  # the fraction of a whole step from which an attack on its way looks a step ahead
 COLUMNS = ("feature", "type", "mutable", "min", "max")
 
 
@@ -41,7 +42,8 @@ class Tabular(LpBall):
     that relaxation, hence an upper bound; for p = ∞ the walls do all, and it is exact. ``argmax``
     attains it, ``project`` leads to the larger ball of `LpBall` with this scale, which contains
     the set, so that gradient steps may pass between members; ``sample``, ``restrict``, ``enclose``
-    end on members, and ``contains`` knows members only.
+    and ``land`` end on members, and ``contains`` knows members only. Attacks walk between members
+    and take losses and gradients at the members that they ``land`` on.
 
     Examples
     --------
@@ -54,6 +56,7 @@ class Tabular(LpBall):
     """
 
     tight: ClassVar[bool] = False
+    convex: ClassVar[bool] = False
 
     integer: Any = field(default=(), kw_only=True)
     groups: Any = field(default=(), kw_only=True)
@@ -131,8 +134,12 @@ class Tabular(LpBall):
         return super().project(delta, x)
 
     def inward(self, direction: Tensor, point: Tensor) -> Tensor:
-        """Return a direction without the features that stand at the wall it points at."""
-        return self._ball().inward(direction, point)
+        """Return a direction without the features at the wall it points at, or of another sense.
+
+        What has moved in its sense goes back by projections only.
+        """
+        against = flat(direction) * self._on(self.direction, direction) < 0
+        return self.relaxed().inward(direction.masked_fill(against, 0), point)
 
     def sample(
         self, like: Tensor, generator: torch.Generator | Tensor | int | None = None
@@ -167,6 +174,10 @@ class Tabular(LpBall):
         -------
         (n, *shape) in the dtype of ``x``.
         """
+        return self._next_to(x, point, 0.5)
+
+    def _next_to(self, x: Tensor, point: Tensor, threshold: float) -> Tensor:
+        """Return a member next to ``point``, up where a fraction reaches ``threshold``."""
         wide, wish = x.double(), flat(point.double())
         rival = self._rivals(wish, wide)
         weight = [
@@ -174,10 +185,27 @@ class Tabular(LpBall):
             for group, to in zip(self.groups, rival, strict=True)
         ]
         coordinates = torch.cat([(wish - flat(wide))[:, self._rest()], *weight], 1)
-        threshold = torch.full_like(coordinates, 0.5)
-        landed = self._landed(x, coordinates, rival, threshold)
+        landed = self._landed(x, coordinates, rival, torch.full_like(coordinates, threshold))
         direct = point.to(x.dtype)
         return torch.where(column(self.contains(x, direct), x), direct, landed)
+
+    def relaxed(self) -> LpBall:
+        """Return the ball that contains the set, with one-hot columns between 0 and 1."""
+        d = len(self.integer)
+        lower, upper = (
+            torch.as_tensor(fall if wall is None else wall, dtype=torch.float64).expand(d).clone()
+            for wall, fall in ((self.lower, -torch.inf), (self.upper, torch.inf))
+        )
+        grouped = list(self._grouped())
+        lower[grouped], upper[grouped] = lower[grouped].clamp(min=0), upper[grouped].clamp(max=1)
+        return replace(self._ball(), lower=lower, upper=upper)
+
+    def land(self, x: Tensor, point: Tensor) -> Tensor:
+        """Return the member that ``point`` heads for: `enclose`, but up from a tenth of a step on.
+
+        So that an ascent of short steps meets members before it is half a step away from x.
+        """
+        return self._next_to(x, point, AHEAD)
 
     def span(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the smallest and the largest value allowed to every coordinate.

@@ -72,6 +72,7 @@ class LpBall:
     """
 
     tight: ClassVar[bool] = True  # whether a member attains `support`
+    convex: ClassVar[bool] = True  # whether what lies between two members is one (but for p = 0)
 
     p: float
     eps: Any
@@ -367,6 +368,17 @@ class LpBall:
             nearest = torch.where(over, torch.nextafter(nearest, x), nearest)
         nearest = torch.where(step == 0, x, nearest)
         return torch.where(column(inside, x), direct, nearest)
+
+    def relaxed(self) -> "LpBall":
+        """Return the ball in whose walls gradient steps walk; here the threat itself."""
+        return self
+
+    def land(self, x: Tensor, point: Tensor) -> Tensor:
+        """Return what an attack on its way judges in place of ``point``; here the point itself.
+
+        A threat whose `project` leads to points that do not exist returns a member.
+        """
+        return point
 
     def span(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the smallest and the largest value allowed to every coordinate by itself.

@@ -5,6 +5,7 @@ import inspect
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -196,6 +197,46 @@ def test_empty_batches_and_bad_input(entry, threat):
             entry.function(black_box, x, y, threat)
 
 
+@pytest.mark.parametrize("wrong", [-1, math.nan, math.inf, True, "1"])
+def test_every_numeric_option_has_a_range(entry, wrong):
+    x, y = batch((6,))
+    norm = entry.facts["norms"].split(",")[0].replace("any", "2")
+    threat = rl.LpBall(float(norm), 1.0, lower=0.0, upper=1.0)
+    model = network((6,), entry.facts["needs"])
+    numeric = [
+        name
+        for name, option in inspect.signature(entry.function).parameters.items()
+        if isinstance(option.default, int | float) and not isinstance(option.default, bool)
+        if name != "generator"  # any number is a seed
+    ]
+    for name in [*numeric, *(["step_size"] if entry.name in ("pgd", "fmn") else [])]:
+        with pytest.raises(
+            rl.InputError, match=f"{entry.name}: {name} must be a .*; got {wrong!r}"
+        ):
+            entry.function(model, x, y, threat, **{name: wrong})
+
+
+def test_options_keep_to_their_ranges_and_take_numbers_of_any_type():
+    x, y = batch((6,))
+    net, threat = network((6,), "gradient"), rl.LpBall(2, 0.1)
+    for name, option, wrong in (
+        ("nes", "radius", 0),
+        ("square", "share", 7),
+        ("retreat", "share", 0),
+        ("fmn", "step_size", 0),
+        ("fab", "steps", 0),
+        ("pgd", "steps", 2.5),
+        ("ddn", "gamma", 1.0),
+    ):
+        with pytest.raises(rl.InputError, match=f"{name}: {option} must be a .*; got {wrong}"):
+            ATTACKS[name].function(net, x, y, threat, **{option: wrong})
+    given = {"steps": np.int64(3), "step_size": np.float32(0.5), "momentum": 1}
+    assert torch.equal(
+        pgd(net, x, y, threat, **given),
+        pgd(net, x, y, threat, steps=3, step_size=0.5, momentum=1.0),
+    )
+
+
 def test_every_attack_says_what_it_is(entry):
     assert entry.summary.endswith(".")
     assert len(entry.summary) < 90
@@ -337,7 +378,5 @@ def test_pgd_tells_what_is_wrong():
         pgd(net, x, y, rl.LpBall(2, 0.1), schedule="linear")
     with pytest.raises(rl.InputError, match="starts must be uniform or mixed"):
         pgd(net, x, y, rl.LpBall(2, 0.1), starts="corners")
-    with pytest.raises(rl.InputError, match="steps and restarts start at 1"):
-        pgd(net, x, y, rl.LpBall(2, 0.1), steps=0)
     with pytest.raises(rl.InputError, match="pgd knows the norms 1, 2, inf, not 3"):
         pgd(net, x, y, rl.LpBall(3, 0.1))

@@ -198,7 +198,7 @@ def test_targets_come_in_the_order_of_closeness():
     assert (gain > 0).all()
     with pytest.raises(rl.InputError, match="targets= goes with the losses margin and dlr"):
         apgd(model, x, y, rl.LpBall(2, 0.1), targets=2, loss="cross_entropy")
-    with pytest.raises(rl.InputError, match="steps and restarts start at 1, targets at 0"):
+    with pytest.raises(rl.InputError, match=r"apgd: steps must be a whole number in \[1, inf\)"):
         apgd(model, x, y, rl.LpBall(2, 0.1), steps=0)
 
 
@@ -442,6 +442,11 @@ def test_universal_beats_noise_and_says_what_it_needs():
     assert broken(delta.expand(100, -1)) > 2 * broken(noise)
     with pytest.raises(rl.InputError, match="a universal change has one budget"):
         universal(model, x[:2], y[:2], rl.LpBall(2, [0.1, 0.2]))
+    with pytest.raises(rl.InputError, match=r"universal: step_size must be a number in \(0, inf\)"):
+        universal(model, x, y, threat, step_size=math.nan)
+    rows = rl.Tabular(1, 1.0, integer=[True] * 12)
+    with pytest.raises(rl.InputError, match="attack each row by itself"):
+        universal(model, x.round(), y, rows)
 
 
 # ---------------------------------------------------------------------- low precision

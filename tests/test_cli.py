@@ -270,7 +270,10 @@ def test_a_budget_and_nearest_points(folder, capsys):
     (capped,) = json.loads(capsys.readouterr().out)["evaluations"]
     assert [run["name"] for run in capped["attacks"]] == ["pgd:steps=20", "fmn"]
     assert capped["attacks"][1]["skipped"] == "the budget is spent: gradients=20"
-    assert capped["notes"] == ["the budget gradients=20 shortens pgd:steps=30 to pgd:steps=20"]
+    assert capped["notes"] == [
+        "the budget gradients=20 shortens pgd:steps=30 to pgd:steps=20",
+        "the budget gradients=20 leaves nothing for fmn",
+    ]
     assert evaluate("my_module.py:linear", *plain, "--budget", "gradients=many") == 2
     assert "write a budget as gradients=60,forwards=500" in capsys.readouterr().err
     for more in ([], ["--nearest"]):

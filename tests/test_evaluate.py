@@ -16,6 +16,8 @@ from scipy import stats
 from sklearn.datasets import load_diabetes, load_iris
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
 from torch import nn
 
 import robustlearn as rl
@@ -416,6 +418,49 @@ def test_resume_refuses_another_question(tmp_path, linear, iris):
     (tmp_path / "question.json").write_text("{")
     with pytest.raises(InputError, match="is damaged"):
         rl.evaluate(linear, x, y, threat, attacks="fgsm", resume=tmp_path)
+
+
+class Lifted(nn.Module):
+    """f(x) + lift · g(x): with a lift of 0 and 1e-5 nearly the same clean outputs."""
+
+    def __init__(self, lift):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 3))
+        self.lift = lift
+
+    def forward(self, x):
+        return self.layers((x * 10).round() / 10) + self.lift * self.layers(x)
+
+
+@pytest.mark.parametrize("weight", [False, True])
+def test_resume_refuses_a_model_that_is_nearly_the_same(tmp_path, iris, weight):
+    """One has a gradient that the other lacks, or one weight that no clean output shows."""
+    x, threat = torch.as_tensor(iris[0]).float(), rl.LpBall(math.inf, 0.3)
+    first, second = Lifted(0.0), Lifted(0.0 if weight else 1e-5)
+    if weight:
+        for net, size in ((first, 1.0), (second, 2.0)):
+            net.layers[0].bias.data[0], net.layers[2].weight.data[:, 0] = -1e6, size
+    y = first(x).argmax(1)
+    given = {"attacks": "pgd:steps=3", "resume": tmp_path}
+    rl.evaluate(first, x, y, threat, **given)
+    with pytest.raises(InputError, match="model changed since"):
+        rl.evaluate(second, x, y, threat, **given)
+    again = rl.evaluate(Lifted(0.0) if not weight else first, x, y, threat, batch_size=7, **given)
+    assert again.attacks[0].attempted == 150
+
+
+def test_resume_takes_a_model_that_is_random_or_a_pipeline(tmp_path, iris):
+    x, y = iris
+    noisy = nn.Sequential(nn.Linear(4, 3).double(), nn.Dropout(0.0))
+    noisy.register_forward_hook(lambda module, given, out: out + 0.1 * torch.randn_like(out))
+    forest = make_pipeline(
+        FunctionTransformer(lambda a: a + 0.0), RandomForestClassifier(5, random_state=0)
+    ).fit(x, y)
+    for number, model in enumerate((noisy, forest)):
+        given = {"attacks": "square:queries=5", "resume": tmp_path / str(number)}
+        first, again = (rl.evaluate(model, x, y, rl.LpBall(2, 0.1), **given) for _ in range(2))
+        assert first.samples == again.samples
 
 
 def test_damaged_batches_are_done_again(tmp_path, linear, iris):

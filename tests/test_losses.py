@@ -19,6 +19,12 @@ def draw(seed, classes, n=50, ties=False):
     return (z.round() if ties else z), y
 
 
+def test_a_loss_tells_whether_it_is_targeted():
+    told = {name for name in losses.LOSSES if losses.LOSSES[name].targeted}
+    assert told == {"targeted_margin", "targeted_cross_entropy", "targeted_dlr"}
+    assert not losses.get(lambda z, y: z[:, 0]).targeted
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 1000), st.sampled_from([1, 2, 3, 4, 10]), st.booleans())
 def test_margin_is_negative_exactly_on_success(seed, classes, ties):

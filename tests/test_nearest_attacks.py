@@ -236,7 +236,7 @@ def test_a_targeted_attack_reaches_its_class():
     assert (model(x_adv).argmax(1) == goal).float().mean() > 0.9
     with pytest.raises(rl.InputError, match="sought by margin or targeted_margin"):
         fmn(model, x, y, threat, loss="cross_entropy")
-    with pytest.raises(rl.InputError, match="rivals starts at 1"):
+    with pytest.raises(rl.InputError, match="deepfool: rivals must be"):
         deepfool(model, x, y, threat, rivals=0)
 
 

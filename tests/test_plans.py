@@ -10,19 +10,22 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 import robustlearn as rl
+from robustlearn import losses
 from robustlearn import report as rendering
 from robustlearn.attacks import ATTACKS, attack, unsuitable
 from robustlearn.errors import InputError
-from robustlearn.evaluate import PRESETS, diagnose, document, ensemble, plan
+from robustlearn.evaluate import PRESETS, document, judgement, plan
+from robustlearn.evaluate.diagnostics import Diagnosis
 from robustlearn.evaluate.plans import Budget, Step
 from robustlearn.evaluate.results import Audit
 
 N, D, EPS = 200, 6, 0.05
 BOX = {"lower": 0.0, "upper": 1.0}
+REG = "regression"
 WEIGHT = torch.tensor([1.0, -2.0, 0.5, 1.5, -1.0, 3.0], dtype=torch.float64)
 
 
@@ -54,11 +57,12 @@ def brief(monkeypatch):
     wanted = ["gradient_available", "scores_add_little_to_gradients"]
     asked = []
 
-    def some(*given, **options):
-        asked.append(options["broken"])
-        return diagnose(*given, **options, checks=wanted)
+    class Brief(Diagnosis):
+        def verdict(self, broken):
+            asked.append(broken)
+            return super().verdict(broken, wanted)
 
-    monkeypatch.setattr(ensemble, "diagnose", some)
+    monkeypatch.setattr(judgement, "Diagnosis", Brief)
     return asked
 
 
@@ -134,6 +138,12 @@ def test_scopes_and_options_of_a_step():
             plan(wrong)
     with pytest.raises(InputError, match="at least one attack"):
         plan([])
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4])
+def test_targeted_dlr_gives_way_to_the_margin_under_four_classes(classes):
+    step = Step("apgd", {"loss": "dlr", "targets": 9}).defined(classes)
+    assert step.options["loss"] == ("dlr" if classes == 4 else "margin")
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -436,9 +446,12 @@ def test_nearest_points_of_broken_samples(x, y, brief, filed):
     assert [s.broken_by for s in plain.samples] == [s.broken_by for s in near.samples]
     assert near.attacked == plain.attacked
     assert near.attacks[1].attempted == N > plain.attacks[1].attempted
-    lower = np.array(near.to_dict()["curve"]["attacked"])
-    assert (lower <= plain.to_dict()["curve"]["attacked"]).all()
-    assert lower.sum() < sum(plain.to_dict()["curve"]["attacked"])
+    lower, upper = (
+        np.array([share for share in r.to_dict()["curve"]["attacked"] if share is not None])
+        for r in (near, plain)
+    )
+    assert (lower <= upper).all()
+    assert lower.sum() < upper.sum()
 
 
 # ---------------------------------------------------------------------- verdicts
@@ -446,31 +459,106 @@ def test_nearest_points_of_broken_samples(x, y, brief, filed):
 
 def test_a_verdict_is_of_all_attacks(x, y, brief, filed):
     """Score attacks that find much after the first diagnosis are evidence in the report's."""
+
+    def most(points, labels):
+        return torch.where((points == x[0]).all(1)[:, None], points, across(points, labels))
+
     filed("climbing", "gradient")
-    filed("finding", "scores", across)
+    filed("finding", "scores", most)
     given = {"attacks": ["climbing", "finding@audit"]}
     report = rl.evaluate(Hidden(), x, y, rl.LpBall(2, 20.0), **given)
-    assert report.attacked.value == 0
+    assert report.attacked.value == 1 / N
     failed = [f["check"] for f in report.verdict["findings"] if f["passed"] is False]
     assert failed == ["scores_add_little_to_gradients"]
     assert str(report).count("suspicious (1 of") == 1
-    filed("guessing", "labels", across)
+    filed("guessing", "labels", most)
     given = {"attacks": ["climbing", "guessing@audit"]}
     report = rl.evaluate(Hidden(), x, y, rl.LpBall(2, 20.0), **given)
     assert report.verdict["trustworthy"] is False
 
 
+def test_where_nothing_stands_nothing_is_suspicious(x, y, brief, filed):
+    """An upper bound of 0 cannot be too high, whatever was masked."""
+    filed("climbing", "gradient")
+    filed("finding", "scores", across)
+    attacks = ["climbing", "finding"]
+    report = rl.evaluate(Hidden(), x, y, rl.LpBall(2, 20.0), attacks=attacks)
+    assert report.attacked.value == 0
+    assert report.verdict["trustworthy"] is True
+    assert report.verdict["text"] == "certain: every sample is broken, or wrong from the start"
+
+
+def test_an_evaluation_without_attacks_is_not_trusted(x, y):
+    """A sound model and a masked one, and no budget for any attack."""
+    for net in (Hidden(), defences.Before(Hidden(), defences.rounded(8))):
+        labels = net(x).argmax(1)
+        given = {"budget": "gradients=0,forwards=0"}
+        report = rl.evaluate(net, x, labels, rl.LpBall(math.inf, 1e-4, **BOX), **given)
+        assert not any(run.attempted for run in report.attacks)
+        sound = isinstance(net, Hidden)
+        assert report.verdict["trustworthy"] is (None if sound else False)
+        assert report.verdict["text"].startswith("no verdict: no attack" if sound else "suspicious")
+    missed = rl.evaluate(Hidden(), x, y, rl.LpBall(math.inf, 0.1, **BOX), **given)
+    failed = [f["check"] for f in missed.verdict["findings"] if f["passed"] is False]
+    assert failed == ["evaluation_finds_what_probes_find"]
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_verdicts_do_not_depend_on_the_order_of_rows(x, mixed):
+    """Half of the samples meet a masked gradient; a prefix of a sorted data set does not."""
+    flag = torch.arange(N) % 2 if mixed else torch.arange(N) // (N // 2)
+    points = torch.cat([x[:, :5], flag[:, None].double()], 1)
+
+    class Half(Hidden):
+        def forward(self, x):
+            plain, masked = super().forward(x), super().forward((x * 64).round() / 64)
+            return torch.where(x[:, 5:] > 0.5, masked, plain)
+
+    labels = Half(-0.5)(points).argmax(1)
+    frozen = torch.tensor([1, 1, 1, 1, 1, 0])
+    threat = rl.LpBall(math.inf, 1e-3, **BOX, mask=frozen)
+    report = rl.evaluate(Half(-0.5), points, labels, threat, attacks="pgd:steps=3")
+    failed = [f["check"] for f in report.verdict["findings"] if f["passed"] is False]
+    assert "gradient_available" in failed
+    assert any("exactly zero for" in note for note in report.notes)
+
+
+def test_probes_are_made_once(x, y, filed):
+    """Breaks between two diagnoses change the record, not what the model is asked again."""
+
+    def some(points, labels):
+        odd = (points[:, 0] > 0.5)[:, None]
+        return torch.where(odd, across(points, labels), points)
+
+    filed("climbing", "gradient")
+    filed("finding", "scores", some)
+    attacks = ["climbing", "finding@audit"]
+    model = rl.wrap(Hidden())
+    report = rl.evaluate(model, x, y, rl.LpBall(2, 20.0), attacks=attacks)
+    assert run_of(report, "finding").broken > 9
+    assert 0 < report.verdict["backwards"] <= 60
+    assert model.backwards <= (1 + 60) * 64
+
+
 @pytest.mark.parametrize("p", [0, 3])
-def test_no_verdict_where_the_checks_know_no_norm(x, y, p):
-    report = rl.evaluate(Hidden(), x[:4], y[:4], rl.LpBall(p, 1, **BOX), attacks="fgsm")
+def test_checks_that_need_no_norm_run_for_every_p(x, y, p):
+    """They tell a masked model, but that they find nothing is no reason for trust."""
+    threat = rl.LpBall(p, {0: 1, 3: 0.01}[p], **BOX)
+    report = rl.evaluate(Hidden(), x[:40], y[:40], threat, attacks="fgsm")
     assert report.verdict["trustworthy"] is None
-    assert report.verdict["text"].startswith("no verdict")
+    assert report.verdict["text"].startswith("no verdict: the checks that compare attacks")
     assert "no verdict" in str(report)
+    masked = defences.Before(Hidden(), defences.rounded(4))
+    labels = masked(x).argmax(1)
+    report = rl.evaluate(masked, x[:40], labels[:40], threat, attacks="fgsm")
+    failed = [f["check"] for f in report.verdict["findings"] if f["passed"] is False]
+    assert "gradient_available" in failed
 
 
 def test_a_binary_network_is_not_suspicious_for_want_of_a_third_class(x, y, monkeypatch):
     checks = ["enough_classes_for_dlr", "gradient_available"]
-    monkeypatch.setattr(ensemble, "diagnose", lambda *a, **k: diagnose(*a, **k, checks=checks))
+    whole = Diagnosis.verdict
+    monkeypatch.setattr(Diagnosis, "verdict", lambda self, broken: whole(self, broken, checks))
     monkeypatch.setitem(PRESETS, "small", (Step("apgd", {"loss": "dlr", "steps": 5}),))
     report = rl.evaluate(Hidden(), x[:3], y[:3], rl.LpBall(2, 0.01), attacks="small")
     assert report.verdict["trustworthy"] is True
@@ -579,12 +667,116 @@ def test_changed_features_are_counted(x, y):
     jsonschema.validate(document([report]), schema)
 
 
-def test_regressors_take_scopes_as_all(brief):
-    generator = np.random.default_rng(0)
-    x = generator.random((150, 3))
-    y = x @ [1.0, -2.0, 0.5] + 0.1 * generator.standard_normal(150)
-    given = {"attacks": ["pgd:steps=3@near", "square:queries=5@audit"], "certify": "none"}
-    report = rl.evaluate(Ridge(0.1).fit(x, y), x, y, rl.LpBall(2, 0.1), **given)
-    assert [run.attempted for run in report.attacks] == [150, 150]
-    assert all(run.audit is None for run in report.attacks)
+def wavy_regressor():
+    """Return a smooth regressor and samples whose slopes, and so whose gains, differ."""
+    model = rl.wrap(defences.After(nn.Linear(3, 1).double(), lambda z: (3 * z).exp()), task=REG)
+    x = torch.rand(150, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return model, x, model(x).detach() + 0.1
+
+
+def test_near_samples_of_a_regressor_are_those_whose_loss_grew_most(brief, filed):
+    model, x, y = wavy_regressor()
+    seen = filed("watching", "scores")
+    attacks = ["pgd:steps=5", "watching@near"]
+    report = rl.evaluate(model, x, y, rl.LpBall(2, 0.1), attacks=attacks)
+    gain = np.array([s.attacked_loss - s.clean_loss for s in report.samples])
+    assert rows_of(seen, x) == sorted(gain.argsort()[-38:].tolist())
+    assert report.attacks[1].audit is None
+
+
+def test_standard_costs_a_regressor_no_more_than_a_classifier(brief):
+    model, x, y = wavy_regressor()
+    report = rl.evaluate(model, x, y, rl.LpBall(2, 0.1))
+    assert 0 < sum(run.backwards for run in report.attacks) <= 150 * 130
     assert report.attacked.value > report.clean.value
+
+
+# ---------------------------------------------------------------------- what cannot be asked
+
+
+@pytest.mark.parametrize(
+    ("attacks", "said"),
+    [
+        ("pgd:loss=targeted_margin", "pushes towards y, .* targets=9, .* restarts="),
+        ("square:loss=targeted_dlr", "pushes towards y"),
+        ("pgd:loss=luck", "there is no loss 'luck'; there are margin"),
+        ("pgd:step_size=abc", "pgd: step_size must be float; got 'abc'"),
+        ("pgd:generator=abc", "generator must be like 0"),
+        ("apgd:start=3", "apgd: start must be Tensor; got 3"),
+        ("pgd:steps=3:steps=4", "gives steps twice"),
+        ([("pgd", {"loss": losses.targeted_margin})], "pushes towards y"),
+        ([("pgd", {"steps": np.float64(2.5)})], "steps must be like 40"),
+        ([("pgd", {"steps": None})], "steps must be like 40"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(attacks, said):
+    with pytest.raises(InputError, match=said):
+        plan(attacks)
+
+
+def test_options_of_numpys_kinds_are_plain_numbers():
+    (step,) = plan([("pgd", {"steps": np.int64(5), "step_size": np.float32(0.5)})])
+    assert step == Step("pgd", {"steps": 5, "step_size": 0.5})
+    assert type(step.options["steps"]) is int
+    assert plan([("pgd", {"step_size": 1, "precision": None})])[0].option("step_size") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"budget": {"gradients": 5}}, "a budget is text as .*; got dict"),
+        ({"budget": "gradients=5,gradients=6"}, "write a budget as"),
+        ({"seed": None}, "seed must be a whole number .*; got None"),
+        ({"seed": 2**63}, "fits into 64 bits"),
+        ({"indices": range(5)}, r"one number for each of the 4 samples; got shape \(5,\)"),
+        ({"indices": [0, 1, 2, 2]}, r"must differ.*\[2\] came more than once"),
+        ({"indices": [0.0, 1.0, 2.0, 3.5]}, "must be whole numbers"),
+    ],
+)
+def test_what_evaluate_cannot_use_is_refused(x, y, given, said):
+    with pytest.raises(InputError, match=said):
+        rl.evaluate(Hidden(), x[:4], y[:4], rl.LpBall(2, 0.1), attacks="fgsm", **given)
+
+
+def test_budgets_are_whole_numbers():
+    for wrong in (-1, 2.5, "3", True):
+        with pytest.raises(InputError, match="gradients must be a whole number from 0"):
+            Budget(wrong)
+    assert Budget(np.int64(3)).gradients == 3
+
+
+@pytest.mark.parametrize(("p", "eps"), [(0, 1), (1.5, 0.05)])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_attacks_under_unusual_norms(x, y, p, eps, preset, brief):
+    report = rl.evaluate(Hidden(), x[:20], y[:20], rl.LpBall(p, eps, **BOX), attacks=preset)
+    assert any(run.attempted for run in report.attacks)
+    assert report.attacked.value < 1
+
+
+def test_a_preset_without_any_attack_is_refused(x, y):
+    box = rl.wrap(lambda rows: Hidden()(torch.as_tensor(rows)).detach().numpy(), output="logits")
+    with pytest.raises(InputError, match=r"the preset has no attack for this model and L1\.5"):
+        rl.evaluate(box, x[:20], y[:20], rl.LpBall(1.5, 0.05, **BOX))
+
+
+def test_what_a_budget_leaves_out_is_told(x, y, brief):
+    limits = "gradients=3,forwards=20"
+    attacks = "pgd:steps=3,fab,retreat:queries=30@masked,square:queries=60@audit"
+    given = {"attacks": attacks, "budget": limits}
+    report = rl.evaluate(Hidden(), x, y, rl.LpBall(2, 1e-6), **given)
+    assert f"note: the budget {limits} leaves nothing for fab" in str(report)
+    assert "nothing for retreat" not in str(report)  # it would not have run anyway
+    run = run_of(report, "square")
+    queries = run.forwards // run.attempted
+    assert f"tried with {queries} queries each on 64 samples chosen at random" in str(report)
+
+
+def test_the_curve_of_attacks_ends_where_they_searched(x, y, brief):
+    report = rl.evaluate(Hidden(), x, y, rl.LpBall(2, EPS), attacks="pgd:steps=5")
+    curve = report.to_dict()["curve"]
+    known = [share for share in curve["attacked"] if share is not None]
+    assert curve["attacked"][: len(known)] == known
+    assert known[-1] == report.attacked.value
+    assert curve["eps"][len(known) - 1] == pytest.approx(EPS, rel=1e-12)
+    assert len(known) < len(curve["eps"])
+    assert "Accuracy against" in rendering.page(document([report]))

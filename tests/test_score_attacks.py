@@ -1,5 +1,6 @@
 """Attacks on outputs and on labels: what they spend, what they find, and moves against loops."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -23,11 +24,11 @@ def pictures(n=12, shape=(2, 9, 8)):
 
 
 @pytest.mark.parametrize("shape", [(30,), (2, 9, 8), (9, 8)])
-@pytest.mark.parametrize("p", BUDGET)
+@pytest.mark.parametrize("p", [0, *BUDGET])
 def test_square_spends_its_queries_and_not_one_more(p, shape):
     x = pictures(shape=shape)
     model = rl.wrap(lambda a: np.stack([a.reshape(len(a), -1).sum(1) * 0 + 1] * 2, 1) * [3, 0])
-    threat = rl.LpBall(p, BUDGET[p], lower=0.0, upper=1.0)
+    threat = rl.LpBall(p, BUDGET.get(p, 5), lower=0.0, upper=1.0)
     y = torch.zeros(len(x), dtype=torch.int64)
     model.settle(x, y)
     model.forwards = 0
@@ -54,6 +55,47 @@ def test_every_move_keeps_the_threat_and_changes_what_it_should(p):
             assert (threat.norm(wish) <= 2.0).all()  # paid for, before any projection
         present = point - x
     assert (present != 0).any()
+
+
+@pytest.mark.parametrize("shape", [(30,), (2, 9, 8)])
+def test_sparse_moves_spend_the_budget_at_the_walls(shape):
+    """Each changed feature stands at a wall, a share of them is exchanged, frozen ones stay."""
+    x = pictures(shape=shape)
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.7
+    threat = rl.LpBall(0, 6.9, lower=0.0, upper=1.0, mask=mask)
+    start, move = score.moves(threat, x)
+    present = start(threat, x, torch.zeros_like(x), torch.arange(len(x)), 0.8)
+    for turn in range(30):
+        assert (threat.norm(present) == 6).all()
+        assert not present[:, ~mask].any()
+        assert ((x + present)[present != 0] % 1 == 0).all()
+        before = present
+        present = move(threat, x, before, torch.arange(len(x)) + 1000 * turn, 0.3)
+        changed = (present != before).reshape(len(x), -1).sum(1)
+        assert changed.min() >= 1
+        assert changed.max() <= 4  # round(.3·6) = 2 leave, and 2 come
+
+
+def test_sparse_square_finds_what_a_list_of_all_corners_finds():
+    """A forest of nine features, two of which may change: every corner is listed."""
+    generator = np.random.default_rng(0)
+    x = generator.random((400, 9))
+    forest = RandomForestClassifier(10, random_state=0).fit(x, (x.sum(1) > 3).astype(int))
+    model, points = rl.wrap(forest), torch.from_numpy(x[:40])
+    y = model(points).argmax(1)
+    truth = torch.zeros(len(y), dtype=torch.bool)
+    for chosen in itertools.combinations(range(9), 2):
+        for walls in itertools.product([0.0, 1.0], repeat=2):
+            moved = points.clone()
+            moved[:, chosen] = torch.tensor(walls, dtype=moved.dtype)
+            truth |= model(moved).argmax(1) != y
+    threat = rl.LpBall(0, 2, lower=0.0, upper=1.0)
+    found = model(square(model, points, y, threat, queries=300)).argmax(1) != y
+    assert 0.2 < truth.double().mean() < 0.9
+    assert not (found & ~truth).any()
+    assert (found == truth).double().mean() > 0.95
+    with pytest.raises(rl.InputError, match="give the threat lower and upper"):
+        square(model, points, y, rl.LpBall(0, 2, lower=0.0), queries=3)
 
 
 def test_no_square_is_idle_where_a_pixel_can_move():
@@ -177,8 +219,8 @@ def test_estimated_gradients_break_linear_models_near_the_exact_distance(noise, 
 @pytest.mark.parametrize(
     ("run", "said"),
     [
-        (lambda *a: square(*a, queries=0), "queries start at 1"),
-        (lambda *a: retreat(*a, queries=0), "queries start at 1"),
+        (lambda *a: square(*a, queries=0), "square: queries must be"),
+        (lambda *a: retreat(*a, queries=0), "retreat: queries must be"),
         (lambda *a: nes(*a, queries=20), "a step takes 21 queries"),
         (lambda *a: nes(*a, noise="uniform"), "normal or signs"),
     ],

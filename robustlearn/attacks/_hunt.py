@@ -105,10 +105,17 @@ class Hunt:
     # ------------------------------------------------------------------ points
 
     def point(self, u: Tensor, rows: Tensor) -> Tensor:
-        """Return x + scale·u, put into the box without tolerance."""
+        """Return x + scale·u, put into the box without tolerance.
+
+        Where that need not exist: a member of the threat with the budget ε, or ‖u‖ if it is more.
+        """
         units = self.units if len(self.units) == 1 else self.units[rows]
         point = self.x[rows] + (u * units).reshape(-1, *self.x.shape[1:])
-        return point.clamp(self.bottom[rows], self.top[rows])
+        point = point.clamp(self.bottom[rows], self.top[rows])
+        if self.threat.convex:
+            return point
+        wide = torch.maximum(self.reach[rows], self.threat.norm(point - self.x[rows]))
+        return replace(self.threat, eps=wide).land(self.x[rows], point)
 
     def norm(self, u: Tensor) -> Tensor:
         """‖u‖_p, (n,)."""
@@ -208,8 +215,6 @@ class Hunt:
 
     def rivals(self, most: int) -> list[Toward | None]:
         """Return goals in the order of closeness: z_j − z_y of each rival, or the loss itself."""
-        if most < 1:
-            raise InputError(f"rivals starts at 1; got {most}")
         if self.size == 0:
             return []
         if self.loss is not losses.margin:

@@ -104,10 +104,6 @@ def apgd(
     >>> x_adv.abs()
     tensor([[0.1000, 0.1000]])
     """
-    if steps < 1 or restarts < 1 or targets < 0:
-        raise InputError(
-            f"steps and restarts start at 1, targets at 0; got {steps}, {restarts} and {targets}"
-        )
     final = sharp(losses.get(loss, str(model.task)))
     goals = _goals(model, x, y, final, targets, restarts)
     plan = _Plan(final, steps, stop_when_broken, precision)
@@ -149,13 +145,13 @@ class _Plan:
         return _Follow(climb, losses.margin if path.goal is None else _Above(path.goal))
 
     def broken(
-        self, model: Model, path: Path, output: Tensor, precision: str | None
+        self, model: Model, path: Path, seen: Tensor, output: Tensor, precision: str | None
     ) -> Tensor | None:
         """Tell which samples are broken, if that is to stop them."""
         if not self.stop:
             return None
         broken = self.final.broken(output, path.y)
-        return path.broken | confirmed(model, path, self.final, broken, precision)
+        return path.broken | confirmed(model, seen, path.y, self.final, broken, precision)
 
 
 def _random(threat: LpBall, x: Tensor, keys: Tensor) -> Tensor:
@@ -189,8 +185,10 @@ def _climb(model: Model, path: Path, threat: LpBall, plan: _Plan) -> list[Path]:
     marks = _checkpoints(plan.steps, sparse=threat.p == 1)
     for number in range(plan.steps):
         goal = plan.goal(path, last=number == plan.steps - 1)
-        gradient, value, output = model.gradient(path.point, path.y, goal, plan.precision)
-        better = path.record(value, plan.broken(model, path, output, plan.precision))
+        seen = threat.land(path.x, path.point)
+        gradient, value, output = model.gradient(seen, path.y, goal, plan.precision)
+        broken = plan.broken(model, path, seen, output, plan.precision)
+        better = path.record(seen, value, broken)
         control.follow(gradient, value, better)
         if bool(path.broken.any()):
             going = (~path.broken).nonzero().squeeze(1)
@@ -203,11 +201,12 @@ def _climb(model: Model, path: Path, threat: LpBall, plan: _Plan) -> list[Path]:
         if number in marks:
             gradient = control.review(path, gradient, marks[number])
         path.point, control.before = move(path.point, gradient, control), path.point
-    path.point = path.x + threat.argmax(gradient, path.x)
+    seen = threat.land(path.x, path.x + threat.argmax(gradient, path.x))
     if plan.precision is not None or path.goal is not None:
         path.measure(model, plan.final, stop=plan.stop)
-    output = model(path.point)
-    path.record(plan.final.objective(output, path.y), plan.broken(model, path, output, None))
+    output = model(seen)
+    broken = plan.broken(model, path, seen, output, None)
+    path.record(seen, plan.final.objective(output, path.y), broken)
     return [*left, path]
 
 

@@ -44,14 +44,14 @@ class Path(Rows):
         self.value = torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)
         self.broken = torch.zeros(len(x), dtype=torch.bool, device=x.device)
 
-    def record(self, value: Tensor, broken: Tensor | None) -> Tensor:
-        """Keep the better points and tell which (n,); a break counts, whatever the loss says."""
+    def record(self, seen: Tensor, value: Tensor, broken: Tensor | None) -> Tensor:
+        """Keep the better points seen, tell which (n,); a break counts, whatever the loss says."""
         value = value.to(self.value.dtype)
         better = value > self.value
         self.value = torch.fmax(self.value, value)
         if broken is not None:
             self.broken, better = broken, better | broken
-        torch.where(column(better, self.x), self.point, self.best, out=self.best)
+        torch.where(column(better, self.x), seen, self.best, out=self.best)
         return better
 
     def measure(self, model: Model, final: losses.Loss, *, stop: bool) -> None:
@@ -91,13 +91,18 @@ def sharp(loss: losses.Loss) -> losses.Loss:
 
 
 def confirmed(
-    model: Model, path: Path, final: losses.Loss, broken: Tensor, precision: str | None
+    model: Model,
+    seen: Tensor,
+    y: Tensor,
+    final: losses.Loss,
+    broken: Tensor,
+    precision: str | None,
 ) -> Tensor:
     """Of the samples that are broken in a low precision, keep those that are in full precision."""
     if precision is None or not bool(broken.any()):
         return broken
     rows = broken.nonzero().squeeze(1)
-    agreed = final.broken(model(path.point[rows]), path.y[rows])
+    agreed = final.broken(model(seen[rows]), y[rows])
     return broken.index_put((rows,), agreed)
 
 
@@ -161,13 +166,13 @@ def stepper(threat: LpBall, x: Tensor) -> Step:
 
         return clipped
 
-    project, free = threat.projector(x), unwalled(threat)
+    project, free, ball = threat.projector(x), unwalled(threat), threat.relaxed()
 
     def projected(point: Tensor, direction: Tensor, size: float | None) -> Tensor:
         if size is None:
             return x + threat.argmax(direction, x)
         if threat.p == 1:  # fill features up to their walls, or a step is spent on one stuck there
-            move = replace(threat, eps=threat.eps * size).argmax(direction, point)
+            move = replace(ball, eps=ball.eps * size).argmax(threat.inward(direction, point), point)
         else:  # features that stand at the wall they are pushed at are left out
             move = free.argmax(threat.inward(direction, point)) * size
         return x + project(move.add_(point - x))

@@ -2,7 +2,9 @@
 
 import functools
 import math
-from collections.abc import Callable
+import numbers
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -20,8 +22,60 @@ Needs = Literal["gradient", "scores", "labels", "affine"]
 ATTACKS = Registry("attack")
 
 
+@dataclass(frozen=True)
+class Range:
+    """The numbers that an option may be; ``ends`` tell by ``[`` and ``]`` which bounds belong."""
+
+    low: float
+    high: float
+    ends: str
+    whole: bool = False
+
+    def holds(self, value: Any) -> bool:
+        """Tell whether a value is a number of the range."""
+        kind = numbers.Integral if self.whole else numbers.Real
+        if isinstance(value, bool) or not isinstance(value, kind):
+            return False
+        number, closed = float(value), {"[": self.low, "]": self.high}
+        return self.low < number < self.high or number in [closed.get(end) for end in self.ends]
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.whole else "a number"
+        return f"{kind} in {self.ends[0]}{self.low:g}, {self.high:g}{self.ends[1]}"
+
+
+COUNT = Range(1, math.inf, "[)", whole=True)
+COUNT_OR_NONE = Range(0, math.inf, "[)", whole=True)
+POSITIVE = Range(0, math.inf, "()")
+WEIGHT = Range(0, math.inf, "[)")
+SHARE = Range(0, 1, "(]")
+OPTIONS = {
+    **dict.fromkeys(("steps", "restarts", "searches", "rivals"), COUNT),
+    **dict.fromkeys(("queries", "directions", "probes"), COUNT),
+    **dict.fromkeys(("targets", "polish"), COUNT_OR_NONE),
+    "step_size": POSITIVE,
+    "share": SHARE,
+    "gamma": Range(0, 1, "()"),
+}
+
+
+def check_options(name: str, options: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
+    """Raise an InputError that names the option, its range and the value; None is a default.
+
+    Examples
+    --------
+    >>> check_options("pgd", {"steps": 0}, OPTIONS)
+    Traceback (most recent call last):
+    robustlearn.errors.InputError: pgd: steps must be a whole number in [1, inf); got 0
+    """
+    for option, value in options.items():
+        allowed = ranges.get(option)
+        if allowed is not None and value is not None and not allowed.holds(value):
+            raise InputError(f"{name}: {option} must be {allowed}; got {value!r}")
+
+
 def attack(
-    *, needs: Needs, norms: str = "any", minimal: bool = False
+    *, needs: Needs, norms: str = "any", minimal: bool = False, **ranges: Range
 ) -> Callable[[Attack], Attack]:
     """File a function as an attack, and surround it with what every attack owes its caller.
 
@@ -36,6 +90,7 @@ def attack(
     norms : ``"any"``, or the p of the threats it takes, as in ``"1, 2, inf"``.
     minimal : whether it looks for the nearest misclassified point, so that its distances are to
         be believed; a regressor has none.
+    ranges : of numeric options; those in ``OPTIONS`` mean the same in every attack and need none.
     """
 
     def decorate(function: Attack) -> Attack:
@@ -43,6 +98,7 @@ def attack(
 
         @functools.wraps(function)
         def run(model: Any, x: Tensor, y: Tensor, threat: LpBall, **options: Any) -> Tensor:
+            check_options(name, options, {**OPTIONS, **ranges})
             model = wrap(model)
             if not (isinstance(x, Tensor) and x.is_floating_point() and isinstance(y, Tensor)):
                 raise InputError(f"{name} takes x as a tensor of floats and y as a tensor")

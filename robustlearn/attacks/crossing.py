@@ -7,14 +7,14 @@ from torch import Tensor
 
 from robustlearn._tensor import flat
 from robustlearn.attacks._hunt import Hunt, Toward
-from robustlearn.attacks.base import attack
+from robustlearn.attacks.base import POSITIVE, WEIGHT, Range, attack
 from robustlearn.models import Model
 from robustlearn.threats import LpBall
 
 DAMPINGS = 4  # halvings of a step that leads away from the boundary
 
 
-@attack(needs="gradient", minimal=True)
+@attack(needs="gradient", minimal=True, overshoot=WEIGHT)
 def deepfool(
     model: Model,
     x: Tensor,
@@ -104,7 +104,14 @@ def _shortest(hunt: Hunt, u: Tensor, rows: Tensor, goals: list[Toward | None]) -
     return best
 
 
-@attack(needs="gradient", norms="1, 2, inf", minimal=True)
+@attack(
+    needs="gradient",
+    norms="1, 2, inf",
+    minimal=True,
+    alpha_max=Range(0, 1, "[]"),
+    eta=POSITIVE,
+    beta=Range(0, 1, "[]"),
+)
 def fab(
     model: Model,
     x: Tensor,

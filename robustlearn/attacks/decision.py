@@ -11,7 +11,6 @@ from robustlearn import _tensor, losses
 from robustlearn._tensor import flat, per_sample
 from robustlearn.attacks.base import attack
 from robustlearn.attacks.score import moves, share_at
-from robustlearn.errors import InputError
 from robustlearn.models import Model
 from robustlearn.threats import LpBall
 
@@ -61,7 +60,7 @@ def retreat(
     --------
     >>> threat = LpBall(float("inf"), 0.5)
     >>> x, y = torch.full((1, 3), -0.2), torch.tensor([0])
-    >>> x_adv = retreat(lambda a: a @ [[-1, 1]] * 3, x, y, threat, queries=200)
+    >>> x_adv = retreat(lambda a: a @ ([[-1, 1]] * 3), x, y, threat, queries=200)
     >>> float(x_adv.sum()) >= 0
     True
     """
@@ -118,7 +117,7 @@ def hop_skip_jump(
     Examples
     --------
     >>> x, y = torch.full((1, 3), -0.2), torch.tensor([0])
-    >>> x_adv = hop_skip_jump(lambda a: a @ [[-1, 1]] * 3, x, y, LpBall(2, 0.5), queries=300)
+    >>> x_adv = hop_skip_jump(lambda a: a @ ([[-1, 1]] * 3), x, y, LpBall(2, 0.5), queries=300)
     >>> float(x_adv.sum()) >= 0
     True
     """
@@ -178,8 +177,6 @@ class Walk:
         generator: torch.Generator | Tensor | int,
         stop: bool,
     ) -> None:
-        if queries < 1:
-            raise InputError(f"queries start at 1; got {queries}")
         self.model, self.x, self.y, self.threat = model, x, y, threat
         self.loss = losses.get(loss, str(model.task))
         self.queries, self.stop, self.spent = queries, stop, 0

@@ -22,7 +22,7 @@ from robustlearn.attacks.ascent import (
     stepper,
     unit,
 )
-from robustlearn.attacks.base import attack
+from robustlearn.attacks.base import WEIGHT, attack
 from robustlearn.errors import InputError
 from robustlearn.models import Model
 from robustlearn.threats import LpBall
@@ -64,7 +64,7 @@ def fgsm(model: Model, x: Tensor, y: Tensor, threat: LpBall, *, loss: Any = None
     return threat.restrict(x, threat.argmax(gradient, x))
 
 
-@attack(needs="gradient", norms="1, 2, inf")
+@attack(needs="gradient", norms="1, 2, inf", momentum=WEIGHT)
 def pgd(
     model: Model,
     x: Tensor,
@@ -136,8 +136,6 @@ def pgd(
     >>> bool(threat.contains(torch.full((1, 2), 0.5), x_adv))
     True
     """
-    if steps < 1 or restarts < 1:
-        raise InputError(f"steps and restarts start at 1; got {steps} and {restarts}")
     if schedule not in ("cosine", "constant"):
         raise InputError(f"schedule must be cosine or constant; got {schedule!r}")
     if starts not in ("uniform", "mixed"):
@@ -165,7 +163,7 @@ def pgd(
     return _run(model, x, y, threat, plan, restarts, start)
 
 
-@attack(needs="gradient", norms="1, 2, inf")
+@attack(needs="gradient", norms="1, 2, inf", decay=WEIGHT)
 def mi_fgsm(
     model: Model,
     x: Tensor,
@@ -206,8 +204,6 @@ def mi_fgsm(
     >>> mi_fgsm(net, torch.zeros(1, 2), torch.tensor([0]), threat, stop_when_broken=False).abs()
     tensor([[0.1000, 0.1000]])
     """
-    if steps < 1 or restarts < 1:
-        raise InputError(f"steps and restarts start at 1; got {steps} and {restarts}")
     final = sharp(losses.get(loss, str(model.task)))
     plan = _Plan(
         final=final,
@@ -285,8 +281,9 @@ def _climb(model: Model, path: Path, threat: LpBall, plan: _Plan) -> list[Path]:
     step, walk = stepper(threat, path.x), _Walk(path, threat, plan)
     for climb, size in zip(plan.climbs, plan.sizes, strict=True):
         goal = climb if path.goal is None else Along(path.goal, plan.final)
-        gradient, value, output = model.gradient(path.point, path.y, goal, plan.precision)
-        _record(model, path, plan, value, output, plan.precision)
+        seen = threat.land(path.x, path.point)
+        gradient, value, output = model.gradient(seen, path.y, goal, plan.precision)
+        _record(model, path, seen, plan, value, output, plan.precision)
         leaves = path.broken
         if walk.circles and climb is plan.climbs[-1]:
             leaves = leaves | walk.returned(path.point)
@@ -303,21 +300,28 @@ def _climb(model: Model, path: Path, threat: LpBall, plan: _Plan) -> list[Path]:
         for done in (*left, path) if len(path.rows) else left:
             done.measure(model, plan.final, stop=plan.stop)
     if len(path.rows):
-        output = model(path.point)
-        _record(model, path, plan, plan.final.look(output, path.y)[0], output, None)
+        seen = threat.land(path.x, path.point)
+        output = model(seen)
+        _record(model, path, seen, plan, plan.final.look(output, path.y)[0], output, None)
     return [*left, path]
 
 
 def _record(
-    model: Model, path: Path, plan: _Plan, value: Tensor, output: Tensor, precision: str | None
+    model: Model,
+    path: Path,
+    seen: Tensor,
+    plan: _Plan,
+    value: Tensor,
+    output: Tensor,
+    precision: str | None,
 ) -> None:
-    """Keep the better points; tell which samples are broken, if that is to stop them."""
+    """Keep the better points seen; tell which samples are broken, if that is to stop them."""
     broken = None
     if plan.stop:
         margin = plan.final is losses.margin  # its sign tells
         broken = value > 0 if margin else plan.final.broken(output, path.y)
-        broken = path.broken | confirmed(model, path, plan.final, broken, precision)
-    path.record(value, broken)
+        broken = path.broken | confirmed(model, seen, path.y, plan.final, broken, precision)
+    path.record(seen, value, broken)
 
 
 class _Walk(Rows):

@@ -118,7 +118,7 @@ def fmn(
     """
     hunt = Hunt(model, x, y, threat, loss)
     u, radius = _start(hunt, rivals)
-    first = step_size or (4.0 if hunt.p == 1 else 1.0)
+    first = (4.0 if hunt.p == 1 else 1.0) if step_size is None else step_size
     for step in hunt.rounds(steps):
         gradient, value, broken = hunt.look(u, hunt.all())
         change = cosine(gamma, 0.001, step, steps)

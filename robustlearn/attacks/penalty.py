@@ -7,7 +7,7 @@ from torch import Tensor
 
 from robustlearn._tensor import flat
 from robustlearn.attacks._hunt import Hunt, cosine
-from robustlearn.attacks.base import attack
+from robustlearn.attacks.base import WEIGHT, Range, attack
 from robustlearn.errors import InputError
 from robustlearn.models import Model
 from robustlearn.threats import LpBall
@@ -17,7 +17,7 @@ TINY = 1e-8  # what Adam adds to its divisor
 SMOOTH = 1e-3  # σ of the smooth count, in widths of the box, squared
 
 
-@attack(needs="gradient", norms="2", minimal=True)
+@attack(needs="gradient", norms="2", minimal=True, confidence=WEIGHT)
 def carlini_wagner(
     model: Model,
     x: Tensor,
@@ -99,7 +99,9 @@ def _descent(
     return u, won | hunt.test(u, rows)
 
 
-@attack(needs="gradient", norms="0", minimal=True)
+@attack(
+    needs="gradient", norms="0", minimal=True, threshold=Range(0, 1, "[]"), change=Range(0, 1, "[]")
+)
 def sigma_zero(
     model: Model,
     x: Tensor,

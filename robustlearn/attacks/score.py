@@ -10,7 +10,7 @@ from torch import Tensor
 
 from robustlearn import _tensor, losses
 from robustlearn._tensor import column, flat, per_sample
-from robustlearn.attacks.base import attack
+from robustlearn.attacks.base import POSITIVE, WEIGHT, attack
 from robustlearn.errors import InputError
 from robustlearn.models import Model
 from robustlearn.threats import LpBall
@@ -22,7 +22,7 @@ TILES = 5  # along a side of the image that the L2 search starts from
 Move = Callable[[LpBall, Tensor, Tensor, Tensor, float], Tensor]
 
 
-@attack(needs="scores", norms="1, 2, inf")
+@attack(needs="scores", norms="0, 1, 2, inf")
 def square(
     model: Model,
     x: Tensor,
@@ -34,7 +34,7 @@ def square(
     share: float = 0.8,
     generator: torch.Generator | Tensor | int = 0,
 ) -> Tensor:
-    """Random search over blocks of features, keeping what raises the loss.
+    """Random search over blocks or sets of features, keeping what raises the loss.
 
     x_adv ← x_adv + m if that raises the loss, where the random move m stays in the threat and
     changes a share of the features, which is halved as the search goes on:
@@ -42,6 +42,8 @@ def square(
     - images, p = ∞: a square goes to one random corner of the budget per channel;
     - images, p = 2: a square gets a pattern of two hills, paid by what another square spent;
     - images, p = 1: a square gets one random sign per channel, and the sum is projected;
+    - p = 0, images or not: ⌊ε⌋ features stand at one of their walls; a share of them goes back
+      to x, and as many random others go to a random wall;
     - other samples: random features that can move go to the `argmax` of a random direction,
       with the budget that is left once as many moved features went back to x (p < ∞).
 
@@ -49,16 +51,21 @@ def square(
     ----------
     x, y, loss : as for `fgsm`.
     queries : forward passes a sample, at most; the first is for x itself.
-    share : first share of the features in a block.
+    share : first share of the features in a block, for p = 0 of the ⌊ε⌋.
     generator : as for `LpBall.sample`.
 
     Returns
     -------
     (n, *shape), in the threat without tolerance. Samples leave when they are broken.
 
+    Raises
+    ------
+    InputError for p = 0 without both walls.
+
     Notes
     -----
-    Source: Andriushchenko et al. (2020), with their schedule, stripes and hills (section 3.3).
+    Source: Andriushchenko et al. (2020), with their schedule, stripes and hills (section 3.3);
+    for p = 0 Croce et al. (2022), who change whole pixels and colours with a slower schedule.
     Their search may draw a square that stands at its corner already, and waste the query; here
     its sign is turned. Their first square for p = 2 is a tenth of the image; here ``share`` is
     one for all, as in AutoAttack.
@@ -67,11 +74,9 @@ def square(
     --------
     >>> threat = LpBall(float("inf"), 0.5)
     >>> x, y = torch.zeros(1, 3), torch.tensor([0])
-    >>> square(lambda a: a @ [[1, -1]] * 3, x, y, threat, queries=20)  # a black box
+    >>> square(lambda a: a @ ([[1, -1]] * 3), x, y, threat, queries=20)  # a black box
     tensor([[-0.5000, -0.5000, -0.5000]])
     """
-    if queries < 1:
-        raise InputError(f"queries start at 1; got {queries}")
     chosen = losses.get(loss, str(model.task))
     keys = _tensor.keys(generator, x)
     start, move = moves(threat, x)
@@ -107,6 +112,8 @@ def _is_image(x: Tensor) -> bool:
 
 def moves(threat: LpBall, x: Tensor) -> tuple[Move, Move]:
     """Return the first move and the others: (threat, x, δ, keys, share) -> the δ wished for."""
+    if threat.p == 0:
+        return _scatter, _swap
     if not _is_image(x):
         return _refill_all, _refill
     if math.isinf(threat.p):
@@ -250,6 +257,33 @@ def _unit(x: Tensor) -> Tensor:
     return x / _length(x).clamp_min(torch.finfo(x.dtype).tiny)
 
 
+# ---------------------------------------------------------------------- sets of features, p = 0
+
+
+def _scatter(threat: LpBall, x: Tensor, present: Tensor, keys: Tensor, share: float) -> Tensor:
+    """⌊ε⌋ random features go to a random wall."""
+    return _swap(threat, x, torch.zeros_like(x), keys, 1.0)
+
+
+def _swap(threat: LpBall, x: Tensor, present: Tensor, keys: Tensor, share: float) -> Tensor:
+    """Some of the changed features go back to x, and random ones to a random wall instead."""
+    low, high = threat.span(x)
+    if not bool((low.isfinite() & high.isfinite()).all()):
+        raise InputError("p = 0 bounds no change by itself: give the threat lower and upper")
+    most = per_sample(threat.eps, x.double()).reshape(-1).expand(len(x)).floor()
+    count = (share * most).round().clamp(min=1)
+    released = threat.tied(_some(flat(present) != 0, count, _tensor.fold(keys, 0)).reshape(x.shape))
+    kept = torch.where(released, 0, present)
+    number = most - threat.norm(kept.double())
+    free = flat((low < high) & (kept == 0))
+    others = free & ~flat(released)
+    free = torch.where((others.sum(1) < number)[:, None], free, others)
+    chosen = threat.tied(_some(free, number, _tensor.fold(keys, 1)).reshape(x.shape))
+    up = _tensor.uniform(_tensor.fold(keys, 2), tuple(x.shape[1:]), x.dtype) < 0.5
+    up = (low == x) | (up & (high != x))  # not to where x stands
+    return torch.where(chosen, torch.where(up, high, low) - x, kept)
+
+
 # ---------------------------------------------------------------------- rows of features
 
 
@@ -308,7 +342,7 @@ def _left(threat: LpBall, kept: Tensor) -> Tensor:
 # ---------------------------------------------------------------------- estimated gradients
 
 
-@attack(needs="scores", norms="1, 2, inf")
+@attack(needs="scores", norms="1, 2, inf", radius=POSITIVE, momentum=WEIGHT)
 def nes(
     model: Model,
     x: Tensor,
@@ -352,12 +386,12 @@ def nes(
     --------
     >>> threat = LpBall(float("inf"), 0.5)
     >>> x, y = torch.zeros(1, 3), torch.tensor([0])
-    >>> nes(lambda a: a @ [[1, -1]] * 3, x, y, threat, queries=50)
+    >>> nes(lambda a: a @ ([[1, -1]] * 3), x, y, threat, queries=50)
     tensor([[-0.5000, -0.5000, -0.5000]])
     """
     if noise not in ("normal", "signs"):
         raise InputError(f"noise must be normal or signs; got {noise!r}")
-    if directions < 1 or queries < 2 * directions + 2:
+    if queries < 2 * directions + 2:
         raise InputError(
             f"a step takes {2 * directions + 1} queries and x takes one; got {queries} in all"
         )

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from robustlearn import _tensor, losses
 from robustlearn.attacks.ascent import sharp
+from robustlearn.attacks.base import COUNT, OPTIONS, check_options
 from robustlearn.errors import InputError
 from robustlearn.models import Model, check_range, wrap
+from robustlearn.tabular import Tabular
 from robustlearn.threats import LpBall
 
 
@@ -59,8 +61,13 @@ def universal(
     >>> delta.shape
     torch.Size([1, 2])
     """
-    if epochs < 1 or batch_size < 1:
-        raise InputError(f"epochs and batch_size start at 1; got {epochs} and {batch_size}")
+    given = {"epochs": epochs, "batch_size": batch_size, "step_size": step_size}
+    check_options("universal", given, OPTIONS | {"epochs": COUNT, "batch_size": COUNT})
+    if isinstance(threat, Tabular):
+        raise InputError(
+            f"universal: one change for all rows need not lead to rows that exist ({threat}); "
+            "attack each row by itself, with pgd or evaluate, or give an LpBall"
+        )
     if isinstance(threat.eps, Tensor):
         raise InputError("a universal change has one budget: give eps as a number")
     model = wrap(model)

@@ -15,6 +15,8 @@ from rich.text import Text
 
 from robustlearn.report import comparison_table, conclusion, figure, table
 
+WHOLE = "evaluation"  # the stage that stands for all
+
 
 @contextlib.contextmanager
 def progress(*, show: bool) -> Iterator[Callable[[str, int, int], None]]:
@@ -40,13 +42,19 @@ def bars() -> Progress:
 
 
 class _Bars:
-    """One bar a stage."""
+    """One bar a stage, and one for the whole of an evaluation."""
 
     def __init__(self, bars: Progress) -> None:
         self.bars = bars
         self.current: tuple[str, Any] | None = None
+        self.whole: Any = None
 
     def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage == WHOLE:
+            if self.whole is None or done == 0:
+                self.whole = self.bars.add_task(stage, total=total)
+            self.bars.update(self.whole, completed=done, total=total)
+            return
         if self.current is None or self.current[0] != stage or done == 0:
             self.current = (stage, self.bars.add_task(stage, total=total))
         self.bars.update(self.current[1], completed=done)
@@ -59,6 +67,8 @@ class _Lines:
         self.since = time.perf_counter()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage == WHOLE:
+            return
         if done == 0:
             self.since = time.perf_counter()
         if done == total and total:

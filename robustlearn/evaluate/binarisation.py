@@ -13,6 +13,7 @@ from robustlearn import _tensor
 from robustlearn._tensor import column, flat
 from robustlearn.attacks import ATTACKS
 from robustlearn.errors import InputError, ModelError
+from robustlearn.evaluate import draws
 from robustlearn.evaluate.plans import plan
 from robustlearn.evaluate.results import Estimate
 from robustlearn.models import Model, TorchModel, wrap
@@ -96,7 +97,8 @@ def unit_test(
     Parameters
     ----------
     model : a `Model`, or anything that `robustlearn.wrap` takes.
-    x, y : samples (N, *shape) and labels (N,), of which the first that the model gets right count.
+    x, y : samples (N, *shape) and labels (N,); tests are made of random ones that the model gets
+        right.
     threat : what the adversary may do.
     attack : what is tested: a name, with options as in ``"pgd:steps=100"``, or a function
         ``(model, x, y, threat) -> x_adv``.
@@ -133,9 +135,8 @@ def unit_test(
     if model.task != "classification":
         raise InputError("the unit test by binarisation is for classifiers")
     with model.session(), torch.no_grad():
-        some = points[: 4 * samples]
-        output = torch.cat([model(part.to(model.device)).cpu() for part in some.split(256)])
-        rows = (output.argmax(1) == targets[: len(some)]).nonzero().squeeze(1)[:samples]
+        order = draws.shuffled(seed, torch.arange(len(points)), use=1)
+        rows = draws.right(model, points, targets, order, samples)
         layer = _layer(model, features)
         planted = found = lucky = 0
         for done, row in enumerate(rows.tolist()):

@@ -10,16 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustlearn import _tensor, losses
+from robustlearn import losses
 from robustlearn.attacks import ATTACKS, unsuitable
 from robustlearn.certify import CERTIFICATES, Certificate, applicable
 from robustlearn.certify import certify as prove
-from robustlearn.errors import InputError, ModelError
-from robustlearn.evaluate import inputs
-from robustlearn.evaluate.diagnostics import Verdict, diagnose
-from robustlearn.evaluate.harness import Harness, Progress, Tally, attacked
+from robustlearn.errors import InputError
+from robustlearn.evaluate import draws, fingerprint, inputs
+from robustlearn.evaluate.harness import WHOLE, Harness, Progress, Tally, attacked
+from robustlearn.evaluate.judgement import Judgement
 from robustlearn.evaluate.knowledge import Knowledge
-from robustlearn.evaluate.plans import HALVINGS, PRESETS, SHARES, Budget, Step, plan
+from robustlearn.evaluate.plans import HALVINGS, PRESETS, SHARES, Budget, Step, plan, widened
 from robustlearn.evaluate.results import AttackRun, Audit, Report
 from robustlearn.evaluate.state import State
 from robustlearn.models import labels as labels_of
@@ -27,7 +27,6 @@ from robustlearn.models import wrap
 from robustlearn.threats import LpBall
 
 FEW = 8  # samples that are all near the boundary
-PROBED = 64  # samples that the verdict looks at
 AUDITED = 64  # samples of an audit; twice as many or fewer are all attacked
 
 
@@ -66,7 +65,8 @@ def evaluate(
         AutoAttack), names, or (name, options) pairs; in this order, each on the samples that
         still stand. A step may keep to those near the boundary, or to an audit of a random few;
         an audit that breaks one goes on with all, and the report bounds what it left undone.
-        Samples that are certified are attacked once, as a check of the certificate.
+        Samples that are certified are attacked once, as a check of the certificate. Where p is
+        not 1, 2 or ∞, presets end with what takes any norm: `fgsm` and `deepfool`.
     certify : ``"auto"``, a method, or ``"none"``.
     budget : the most gradients and forward passes a sample, ``"gradients=60,forwards=500"``;
         attacks are shortened to fit, or left out, and the report says which. What it takes to
@@ -77,7 +77,8 @@ def evaluate(
     batch_size : samples sent together; halved when the memory does not suffice.
     device : ``"auto"`` for an accelerator if there is one, a torch device, or None for where
         the model is. A torch module is moved back afterwards.
-    progress : called as ``progress(stage, done, total)``.
+    progress : called as ``progress(stage, done, total)``; the stage ``"evaluation"`` is all of
+        it, in passes through the model as they are expected.
     resume : folder in which finished batches and all adversarial points are kept; an evaluation
         that was interrupted goes on from there.
     data, classes, feature_names : what to call things in the report.
@@ -91,7 +92,8 @@ def evaluate(
 
     Raises
     ------
-    InputError for input that cannot be used; AttackError and ContradictionError for a fault of
+    InputError for input that cannot be used, and where a preset has no attack for the model and
+    the threat; AttackError and ContradictionError for a fault of
     an attack or a certificate.
 
     Examples
@@ -107,12 +109,13 @@ def evaluate(
     model = wrap(model)
     names = tuple(feature_names) if feature_names is not None else inputs.columns(x)
     points = inputs.points(x, threat)
-    steps = plan(attacks)
-    limits = Budget.parse(budget) if isinstance(budget, str) else budget or Budget()
+    explicit = not (isinstance(attacks, str) and attacks in PRESETS)
+    steps = plan(attacks) if explicit else widened(plan(attacks), threat.p)
+    limits, seed = Budget.of(budget), inputs.seed(seed)
+    numbers = inputs.numbers(indices, len(points))
     with model.on(device):
         points = threat.cast(points, model.dtype)
         labels = labels_of(model, points, y)
-        numbers = torch.arange(len(points)) if indices is None else torch.as_tensor(indices)
         harness = Harness(
             model, points, labels, threat, numbers, max(1, batch_size), seed, progress or _silent
         )
@@ -123,7 +126,7 @@ def evaluate(
             limits,
             resume,
             nearest=nearest,
-            explicit=not (isinstance(attacks, str) and attacks in PRESETS),
+            explicit=explicit,
         ).report(data, classes, names)
 
 
@@ -146,17 +149,20 @@ class _Evaluation:
         self.explicit, self.budget, self.nearest = explicit, budget, nearest
         self.spent = Budget(0, 0)
         self.climbed = False  # whether an attack by gradient has run
-        self.suspicious = False  # whether a diagnosis has failed on the way
         self.notes: list[str] = []
         self.broke: dict[str, Tensor] = {}
-        self.verdict: Verdict | None = None
         self.known = Knowledge(harness)
+        self.judgement = Judgement(harness, self.known)
         features = math.prod(self.x.shape[1:])
         halvings = HALVINGS if self.threat.p else features.bit_length()
         self.sizes = (int(self.model.num_classes or 2), halvings)  # what a step's cost depends on
         self.state = None
         if resume is not None:
-            self.state = State(Path(resume), self._question(), self.known.clean.numpy())
+            self.state = State(
+                Path(resume),
+                self._question(),
+                fingerprint.behaviour(harness, self.known.clean),
+            )
 
     def report(
         self, data: str, classes: Sequence[str] | None, names: tuple[str, ...] | None
@@ -164,23 +170,20 @@ class _Evaluation:
         """Run everything and put it together."""
         self._look_at_the_output()
         certificate, about = self._certify()
-        usable = self._usable()
+        fault = self.judgement.unusable()
         self.proven = torch.zeros(len(self.x), dtype=torch.bool)
         if certificate is not None and certificate.certified is not None:
             self.proven = torch.from_numpy(certificate.certified)
         steps = self.steps
         if not self.explicit and self.model.task == "classification":
             steps = [step.defined(self.sizes[0]) for step in steps]
-        runs = [self._attack(step, usable) for step in steps]
+        self._check_that_one_fits(steps, fault)
+        runs = self._attacks(steps, fault)
         self.known.shrink()
         self.known.check(certificate)
-        verdict = self._verdict(certificate)
+        verdict = self.judgement.verdict(self.broke, certificate)
         predictions = self.known.predictions()
         found, proven = self.known.totals(certificate)
-        if not any(run.attempted for run in runs) and bool(self.known.standing.any()):
-            self.notes.append(
-                "no attack ran on this model and threat: the attacked figure is only the clean one"
-            )
         columns = self.model.classes
         named = columns if classes is None else classes
         if columns is not None and columns.tolist() != list(range(len(columns))):
@@ -197,7 +200,7 @@ class _Evaluation:
             samples=self.known.samples(certificate, predictions),
             attacks=tuple(runs),
             verdict=verdict,
-            notes=tuple(dict.fromkeys([*self.model.notes, *self.notes])),
+            notes=tuple(dict.fromkeys([*self.model.notes, *self.judgement.notes, *self.notes])),
             seed=self.harness.seed,
             environment=inputs.environment(self.model),
             x=self.x.numpy(),
@@ -213,6 +216,7 @@ class _Evaluation:
         digest = hashlib.sha256(self.x.numpy().tobytes() + self.y.numpy().tobytes())
         return {
             "data": digest.hexdigest(),
+            "model": fingerprint.identity(self.model),
             "threat": self.threat.describe(),
             "samples": self.harness.numbers.tolist(),
             "attacks": [step.label for step in self.steps],
@@ -247,47 +251,43 @@ class _Evaluation:
             return certificate, about | {"method": certificate.method, "exact": certificate.exact}
         return None, about
 
-    def _usable(self) -> str | None:
-        """Return why gradients cannot be used, after looking at a few."""
-        if not self.model.differentiable:
-            return None
-        some = self.known.right.nonzero().squeeze(1)[: min(64, self.harness.batch_size)]
-        if len(some) == 0:
-            return None
-
-        def steep(rows: Tensor) -> Tensor:
-            x, y = (t[rows].to(self.model.device) for t in (self.x, self.y))
-            return self.model.gradient(x, y, self.harness.loss)[0].reshape(len(rows), -1).cpu()
-
-        try:
-            gradient = torch.cat([found for _, found in self.harness.batches("", some, steep)])
-        except ModelError as error:
-            self.notes.append(str(error))
-            return "no gradient flows through the model"
-        flat = int((gradient.abs().amax(1) == 0).sum())
-        if flat:
-            self.notes.append(
-                f"the gradient is exactly zero for {flat} of {len(some)} samples looked at: it may "
-                "be masked (rounding, saturation, steps), and then attacks by gradient prove little"
-            )
-        return None
-
     # ------------------------------------------------------------------ attacks
 
-    def _attack(self, step: Step, broken: str | None) -> AttackRun:
-        reason = self._unfit(step, broken)
+    def _attacks(self, steps: Sequence[Step], fault: str | None) -> list[AttackRun]:
+        """Run the steps; tell how much of their likely cost is behind."""
+        costs = [self._likely(step) for step in steps]
+        runs: list[AttackRun] = []
+        for number, step in enumerate(steps):
+            self.harness.progress(WHOLE, sum(costs[:number]), sum(costs))
+            runs.append(self._attack(step, fault))
+        self.harness.progress(WHOLE, sum(costs), sum(costs))
+        return runs
+
+    def _likely(self, step: Step) -> int:
+        """Return the passes that a step takes if all samples stand and no gradient is masked."""
+        if step.scope == "masked" or self._unfit(step, None) is not None:
+            return 0
+        cost = step.cost(*self.sizes)
+        audited = min(1.0, AUDITED / len(self.x)) if step.scope == "audit" else 1.0
+        share = SHARES.get(step.scope, audited)
+        return math.ceil(share * len(self.x) * (2 * (cost.gradients or 0) + (cost.forwards or 0)))
+
+    def _attack(self, step: Step, fault: str | None) -> AttackRun:
+        reason = self._unfit(step, fault)
         if reason is not None and self.explicit:
             raise InputError(reason)
         if reason is not None:
             return AttackRun(step.label, skipped=reason)
+        rows = self._chosen(step)
+        if step.scope == "masked" and len(rows) and not self._masked():
+            return AttackRun(step.label, skipped="the gradients show no sign of masking")
         affordable = self.budget.less(self.spent).trimmed(step, *self.sizes)
         if affordable is None:
+            if len(rows):
+                self.notes.append(f"the budget {self.budget} leaves nothing for {step.label}")
             return AttackRun(step.label, skipped=f"the budget is spent: {self.budget}")
         if affordable.label in self.broke:
             return AttackRun(step.label, skipped="the same attack has run already")
-        rows = self._chosen(affordable)
-        if step.scope == "masked" and len(rows) and not self._masked():
-            return AttackRun(step.label, skipped="the gradients show no sign of masking")
         if affordable.label != step.label:
             self.notes.append(
                 f"the budget {self.budget} shortens {step.label} to {affordable.label}"
@@ -302,25 +302,35 @@ class _Evaluation:
             self._run(affordable, f"{affordable.label}-rest", rest, tally)
             rows, rest = torch.cat([rows, rest]), rest[:0]
         self.climbed |= step.needs == "gradient"
-        self.broke[affordable.label] = standing & ~self.known.standing
-        if bool(self.broke[affordable.label].any()):
-            self.verdict = None  # there is more to judge by
+        broken = standing & ~self.known.standing
+        if len(rows):
+            self.broke[affordable.label] = broken
         return AttackRun(
             affordable.label,
             attempted=len(rows),
-            broken=int(self.broke[affordable.label].sum()),
+            broken=int(broken.sum()),
             unstable=tally.unstable,
             forwards=tally.forwards,
             backwards=tally.backwards,
             seconds=tally.seconds,
-            audit=Audit(tried=len(rows), left=len(rest)) if len(rest) else None,
+            audit=self._audit(affordable, rows, rest) if len(rest) else None,
         )
 
-    def _unfit(self, step: Step, broken: str | None) -> str | None:
+    def _check_that_one_fits(self, steps: list[Step], fault: str | None) -> None:
+        """Raise an InputError where a preset has no attack for the model and the threat."""
+        reasons = [self._unfit(step, fault) for step in steps]
+        if None not in reasons:
+            told = "; ".join(dict.fromkeys(str(reason) for reason in reasons))
+            raise InputError(
+                f"the preset has no attack for this model and {self.threat}: {told}. Name attacks "
+                "that take it, or choose p = 1, 2 or inf"
+            )
+
+    def _unfit(self, step: Step, fault: str | None) -> str | None:
         """Say why an attack cannot run."""
         reason = unsuitable(step.name, self.model, self.threat, tuple(self.x.shape[1:]))
-        if reason is None and broken is not None and step.needs == "gradient":
-            reason = broken
+        if reason is None and fault is not None and step.needs == "gradient":
+            reason = fault
         loss = losses.LOSSES.get(step.options.get("loss", ""))
         if loss is not None and loss.task != self.model.task:
             reason = f"{loss.name} is a loss for {loss.task}"
@@ -342,17 +352,14 @@ class _Evaluation:
         if self.broke:  # one attack has met the certified samples, and none can break them
             standing = standing & ~self.proven
         rows = standing.nonzero().squeeze(1)
+        if not every and step.scope in SHARES and len(rows) > FEW:
+            order = self.known.reserve()[rows].argsort()
+            return rows[order[: math.ceil(SHARES[step.scope] * len(rows))]].sort().values
         if every or self.model.task != "classification":
             return rows
-        if step.scope in SHARES and len(rows) > FEW:
-            way = (self.known.value - self.known.worst)[rows]
-            order = (self.known.worst[rows] / way.clamp_min(torch.finfo(way.dtype).tiny)).argsort()
-            return rows[order[: math.ceil(SHARES[step.scope] * len(rows))]].sort().values
         if step.scope == "audit" and len(rows) > 2 * AUDITED and not self._masked():
-            keys = _tensor.fold(
-                torch.full_like(rows, self.harness.seed), self.harness.numbers[rows]
-            )
-            return rows[keys.argsort()[:AUDITED]].sort().values
+            order = draws.shuffled(self.harness.seed, self.harness.numbers[rows])
+            return rows[order[:AUDITED]].sort().values
         return rows
 
     def _rest(self, step: Step, rows: Tensor) -> Tensor:
@@ -363,61 +370,14 @@ class _Evaluation:
         left[rows] = False
         return left.nonzero().squeeze(1)
 
+    def _audit(self, step: Step, rows: Tensor, rest: Tensor) -> Audit:
+        cost = step.cost(*self.sizes)
+        effort = f"{cost.gradients} gradients" if cost.gradients else f"{cost.forwards} queries"
+        return Audit(tried=len(rows), left=len(rest), effort=effort)
+
     def _masked(self) -> bool:
         """Tell whether black-box attacks must run in full: gradients are missing or suspicious."""
-        if not self.climbed or self.suspicious:
-            return True
-        if self.verdict is None:
-            self.verdict = self._diagnosis()
-        self.suspicious = self.verdict is not None and bool(self.verdict.failed)
-        return self.suspicious
-
-    def _diagnosis(self) -> Verdict | None:
-        if self.threat.p not in (1, 2, math.inf):
-            return None
-        self.harness.progress("diagnosis", 0, 1)
-        verdict, size = None, min(PROBED, self.harness.batch_size)
-        while verdict is None and size:
-            try:
-                verdict = diagnose(
-                    self.model,
-                    self.x,
-                    self.known.named(self.y.numpy()),
-                    self.threat,
-                    outputs=self.known.clean,
-                    broken=self.broke,
-                    samples=size,
-                    seed=self.harness.seed,
-                )
-            except (RuntimeError, MemoryError) as error:
-                if not _tensor.is_out_of_memory(error):
-                    raise
-                size //= 2
-        self.harness.progress("diagnosis", 1, 1)
-        return verdict
-
-    def _verdict(self, certificate: Certificate | None) -> dict[str, Any]:
-        """Return what there is to say on whether the attacked figure can be believed."""
-        if self._closed(certificate):
-            return {
-                "trustworthy": True,
-                "text": "certain: the certificate meets the attack",
-                "findings": [],
-            }
-        verdict = self.verdict or self._diagnosis()
-        if verdict is None:
-            text = "no verdict: the checks know the norms 1, 2 and inf, and need memory for a batch"
-            return {"trustworthy": None, "text": text, "findings": []}
-        return {**verdict.to_dict(), "text": str(verdict)}
-
-    def _closed(self, certificate: Certificate | None) -> bool:
-        """Tell whether no sample is left between certificate and attack."""
-        if certificate is None:
-            return False
-        if certificate.certified is not None:
-            return not bool((self.known.standing & ~self.proven).any())
-        worst = self.known.worst.double().numpy()
-        return certificate.loss is not None and np.allclose(worst, certificate.loss, rtol=1e-6)
+        return not self.climbed or self.judgement.masked(self.broke)
 
 
 def _silent(stage: str, done: int, total: int) -> None:

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from robustlearn import _tensor, losses
 from robustlearn.errors import AttackError
+from robustlearn.evaluate import draws
 from robustlearn.evaluate.state import State
 from robustlearn.models import Model
 from robustlearn.threats import LpBall
 
 Progress = Callable[[str, int, int], None]
+WHOLE = "evaluation"  # the stage that stands for all
 
 
 @dataclass
@@ -78,8 +80,7 @@ class Harness:
         Each point is checked against the threat in float64 without tolerance.
         """
         takes_keys = "generator" in inspect.signature(attack).parameters
-        base = torch.full((len(self.x),), self.seed, dtype=torch.int64)
-        keys = _tensor.fold(base, self.numbers)
+        keys = draws.keys(self.seed, self.numbers)
 
         def work(batch: Tensor) -> Tensor:
             given = dict(options)

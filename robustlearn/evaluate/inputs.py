@@ -3,6 +3,7 @@
 import datetime
 import os
 import platform
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,35 @@ def points(x: Any, threat: LpBall) -> Tensor:
             "lower=0, upper=255 and eps in those units"
         )
     return points
+
+
+def numbers(indices: Any, n: int) -> Tensor:
+    """Return the numbers of n samples in their data set, (n,) int64; None stands for 0 … n−1."""
+    if indices is None:
+        return torch.arange(n)
+    found = _tensor.as_tensor(indices, "indices").cpu()
+    if found.is_floating_point() or found.dtype == torch.bool:
+        raise InputError(f"indices must be whole numbers; got {found.dtype}")
+    if found.shape != (n,):
+        raise InputError(
+            f"indices must hold one number for each of the {n} samples; got shape "
+            f"{tuple(found.shape)}"
+        )
+    values, counts = found.long().unique(return_counts=True)
+    if len(values) < n:
+        raise InputError(
+            f"indices must differ, as they tell samples apart; {values[counts > 1][:5].tolist()} "
+            "came more than once"
+        )
+    return found.long()
+
+
+def seed(given: Any) -> int:
+    """Return a seed, a whole number of 64 bits."""
+    whole = isinstance(given, Integral) and not isinstance(given, bool)
+    if not whole or not -(2**63) <= given < 2**63:
+        raise InputError(f"seed must be a whole number that fits into 64 bits; got {given!r}")
+    return int(given)
 
 
 def finite(model: Model, output: Tensor) -> Tensor:

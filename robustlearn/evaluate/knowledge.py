@@ -58,6 +58,17 @@ class Knowledge:
         self.worst[rows[better]] = value[better]
         self.x_adv[rows[better]] = x_adv[better]
 
+    def reserve(self) -> Tensor:
+        """Return a number (n,) that is the smaller the more a sample promises to further attacks.
+
+        What is left of the margin over what attacks took of it; of a regressor's sample, minus
+        the gain in loss: most of the mean worst loss is where it has grown most.
+        """
+        way = self.value - self.worst
+        if self.model.task != "classification":
+            return way
+        return self.worst / way.clamp_min(torch.finfo(way.dtype).tiny)
+
     def _nearer(self, rows: Tensor, points: Tensor) -> Tensor:
         """Tell where points are nearer to their samples than what is kept."""
         x = self.x[rows].double()

@@ -3,12 +3,14 @@
 import bisect
 import inspect
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from robustlearn.attacks import ATTACKS
 from robustlearn.errors import InputError
+from robustlearn.evaluate.options import checked, parsed
 
 SHARES = {"near": 1 / 4, "closest": 1 / 16}  # of the samples that stand, nearest first
 SCOPES = ("all", *SHARES, "audit", "masked")
@@ -26,8 +28,9 @@ class Step:
     Attributes
     ----------
     scope : ``"all"`` samples that stand; the quarter ``"near"`` the boundary, or the sixteenth
-        ``"closest"`` to it; an ``"audit"`` of a random few, which grows to all if it breaks one,
-        or if the model seems to mask its gradient; or all, but only if it is ``"masked"``.
+        ``"closest"`` to it (of a regressor those whose loss has grown most); an ``"audit"`` of a
+        random few, which grows to all if it breaks one, or if the model seems to mask its
+        gradient; or all, but only if it is ``"masked"``.
     """
 
     name: str
@@ -46,8 +49,12 @@ class Step:
         return str(ATTACKS[self.name].facts["needs"])
 
     def defined(self, classes: int) -> "Step":
-        """Return the step with the margin in place of dlr, which needs three classes."""
-        if classes >= 3 or self.options.get("loss") != "dlr":
+        """Return the step with the margin in place of dlr, where that has too few classes.
+
+        It needs three of them, and four where it aims at one rival after the other.
+        """
+        needed = 4 if self.options.get("targets") else 3
+        if classes >= needed or self.options.get("loss") != "dlr":
             return self
         return replace(self, options={**self.options, "loss": "margin"})
 
@@ -145,6 +152,15 @@ PRESETS: dict[str, tuple[Step, ...]] = {
 }
 
 
+UNUSUAL = _steps(("fgsm", {}), ("deepfool", {"steps": 10, "rivals": 3}))
+
+
+def widened(steps: Sequence[Step], p: float) -> list[Step]:
+    """Return the steps of a preset, and what knows any norm where p is not 1, 2 or ∞."""
+    more = () if p in (1, 2, math.inf) else UNUSUAL
+    return [*steps, *more]
+
+
 def plan(attacks: str | Sequence[Any]) -> list[Step]:
     """Return the steps of a preset, or of a list of names, (name, options) pairs and `Step`s.
 
@@ -167,8 +183,7 @@ def plan(attacks: str | Sequence[Any]) -> list[Step]:
             )
         if step.scope not in SCOPES:
             raise InputError(f"{step.label}: a scope is one of {', '.join(SCOPES)}")
-        _check_options(step.name, step.options)
-    return chosen
+    return [replace(step, options=checked(step.name, step.options)) for step in chosen]
 
 
 @dataclass(frozen=True)
@@ -178,13 +193,32 @@ class Budget:
     gradients: int | None = None
     forwards: int | None = None
 
+    def __post_init__(self) -> None:
+        for name, limit in (("gradients", self.gradients), ("forwards", self.forwards)):
+            whole = isinstance(limit, numbers.Integral) and not isinstance(limit, bool)
+            if limit is not None and not (whole and limit >= 0):
+                raise InputError(f"{name} must be a whole number from 0, or None; got {limit!r}")
+
+    @classmethod
+    def of(cls, given: Any) -> "Budget":
+        """Return a budget, one from text, or none, where None is given."""
+        if isinstance(given, cls):
+            return given
+        if given is None or isinstance(given, str):
+            return cls() if given is None else cls.parse(given)
+        raise InputError(
+            "a budget is text as gradients=60,forwards=500, a Budget, or None; got "
+            f"{type(given).__name__}"
+        )
+
     @classmethod
     def parse(cls, text: str) -> "Budget":
         """Read ``"gradients=60,forwards=500"``, or one of the two."""
         found: dict[str, int] = {}
         for part in text.split(","):
             key, equals, value = part.strip().partition("=")
-            if not equals or key not in ("gradients", "forwards") or not value.isdecimal():
+            known = key in ("gradients", "forwards") and key not in found
+            if not (known and equals and value.isdecimal()):
                 raise InputError(
                     f"write a budget as gradients=60,forwards=500 or one of them; got {text!r}"
                 )
@@ -241,46 +275,7 @@ class Budget:
         return ",".join(f"{key}={limit}" for key, limit in named.items() if limit is not None)
 
 
-def _check_options(name: str, options: dict[str, Any]) -> None:
-    """Raise an InputError for an option that the attack does not have, or of another type."""
-    known = inspect.signature(ATTACKS[name].function).parameters
-    for key, value in options.items():
-        if key not in known or known[key].kind is not inspect.Parameter.KEYWORD_ONLY:
-            names = [k for k, p in known.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]
-            raise InputError(f"{name} has no option {key!r}; it has {', '.join(names)}")
-        default = known[key].default
-        wrong = isinstance(default, bool) != isinstance(value, bool) and default is not None
-        wrong |= isinstance(default, int) and key != "generator" and not isinstance(value, int)
-        wrong |= isinstance(default, float) and not isinstance(value, int | float)
-        wrong |= isinstance(default, str) and not isinstance(value, str)
-        if wrong:
-            raise InputError(f"{name}: {key} must be like {default!r}; got {value!r}")
-
-
 def _step(item: Any) -> Step:
     if isinstance(item, Step):
         return item
-    return _parse(item.strip()) if isinstance(item, str) else Step(*item)
-
-
-def _parse(text: str) -> Step:
-    whole, at, scope = text.partition("@")
-    name, *given = whole.split(":")
-    options: dict[str, Any] = {}
-    for option in given:
-        key, equals, value = option.partition("=")
-        if not equals:
-            raise InputError(f"write options of an attack as name:key=value; got {text!r}")
-        options[key] = _value(value)
-    return Step(name, options, scope if at else "all")
-
-
-def _value(text: str) -> Any:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+    return Step(*parsed(item.strip())) if isinstance(item, str) else Step(*item)

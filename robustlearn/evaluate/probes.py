@@ -6,6 +6,7 @@ margin of a classifier (positive where it is broken), the squared error of a reg
 
 import contextlib
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,6 +22,7 @@ from robustlearn.errors import ModelError
 from robustlearn.models import Model, TorchModel, wrap
 from robustlearn.threats import LpBall
 
+NORMS = (1, 2, math.inf)  # for which there are an ascent and a search
 STEPS, FEW, FAR = 21, 7, 10  # gradients of the long, the short, and the wider climbs
 QUERIES, DRAWS = 100, 30  # outputs of the random search, and of random noise
 DIRECTIONS, REACH = 4, 0.1  # along which the gradient is tested, and how far in units of ε
@@ -46,7 +48,7 @@ class Probes:
     threat : for these samples.
     pool : samples of the same kind, from which a surrogate is learned.
     record : by attack, the samples that it broke, x first and others that the model gets right
-        after them; in the order in which attacks ran.
+        after them; in the order in which attacks ran. None if there was no evaluation.
     surrogate : a model to transfer attacks from; None learns one.
     keys : (n,) random keys.
     """
@@ -64,7 +66,7 @@ class Probes:
         surrogate: Any = None,
     ) -> None:
         self.model, self.x, self.y, self.threat = model, x, y, threat
-        self.pool, self.keys, self.record, self._surrogate = pool, keys, record or {}, surrogate
+        self.pool, self.keys, self.record, self._surrogate = pool, keys, record, surrogate
         self.classifies = model.task == "classification"
         self.loss = losses.get(None, str(model.task))
 
@@ -137,7 +139,12 @@ class Probes:
 
     @cached_property
     def best(self) -> Reached:
-        """What the attack of choice reached: by gradient where there is one, else by scores."""
+        """What the attack of choice reached: by gradient where there is one, else by scores.
+
+        Where the norm allows no ascent it is a single step.
+        """
+        if self.threat.p not in NORMS and self.has_gradient:
+            return self.single
         return self.climbed if self.has_gradient else self.searched
 
     @cached_property

@@ -92,11 +92,13 @@ class Audit:
     """An attack that was tried on a random part of the samples, and broke none of it.
 
     ``bound`` is the share of those left out that it would break at most, with 95% confidence:
-    1 − 0.05^(1/tried), Clopper and Pearson's one-sided limit for nothing found.
+    1 − 0.05^(1/tried), Clopper and Pearson's one-sided limit for nothing found. ``effort`` is what
+    it spent on each, as "15 queries".
     """
 
     tried: int
     left: int
+    effort: str = field(default="", compare=False)
 
     @property
     def bound(self) -> float:
@@ -104,8 +106,9 @@ class Audit:
         return float(1 - 0.05 ** (1 / self.tried))
 
     def __str__(self) -> str:
+        spent = f" with {self.effort} each" if self.effort else ""
         return (
-            f"tried on {self.tried} samples chosen at random, where it broke none: with 95% "
+            f"tried{spent} on {self.tried} samples chosen at random, where it broke none: with 95% "
             f"confidence it would break at most {self.bound:.1%} of the {self.left} others"
         )
 
@@ -205,16 +208,19 @@ class Report:
         return "\n  ".join([*lines, *(f"note: {note}" for note in self.notes)])
 
     def _curve(self) -> dict[str, Any] | None:
-        """Both bounds on accuracy against ε, from the distances and radii of the samples."""
+        """Both bounds on accuracy against ε, from the distances and radii of the samples.
+
+        Beyond the ε of the threat no attack searched, and the upper one is None.
+        """
         eps = self.threat["eps"]
         if self.task != "classification" or isinstance(eps, list) or eps == 0:
             return None
-        grid = np.linspace(0, 1.5 * eps, CURVE_POINTS)
+        grid = np.linspace(0, 1.5, CURVE_POINTS) * eps
         right = np.array([s.clean_correct for s in self.samples])
         found = np.array([math.inf if s.distance is None else s.distance for s in self.samples])
         curve: dict[str, Any] = {
             "eps": grid.tolist(),
-            "attacked": [float((right & ~(found <= e)).mean()) for e in grid],
+            "attacked": [float((right & ~(found <= e)).mean()) if e <= eps else None for e in grid],
             "certified": None,
         }
         if self.certified is not None:

@@ -10,30 +10,35 @@ import numpy as np
 
 from robustlearn.errors import InputError
 
-VERSION = 1
+VERSION = 2
+SAME = {"outputs": 1e-6, "gradients": 1e-4, "clean": 1e-5}  # in units of the largest entry
 
 
 class State:
-    """A folder with what was asked, and one file for each finished batch of an attack.
+    """A folder with what was asked of which model, and a file for each finished batch of an attack.
 
     Files are written beside their place and then renamed, so that a file that is there is whole.
     """
 
-    def __init__(self, folder: Path, question: dict[str, Any], clean: np.ndarray) -> None:
+    def __init__(
+        self, folder: Path, question: dict[str, Any], behaviour: dict[str, np.ndarray]
+    ) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self._number = 0
         asked = {"version": VERSION, **question}
         path = folder / "question.json"
         if path.is_file():
-            self._continue(path, asked, clean)
+            self._continue(path, asked, behaviour)
         else:
-            _write(folder / "clean.npz", {"clean": clean})
+            _write(folder / "clean.npz", behaviour)
             temporary = path.with_suffix(".tmp")
             temporary.write_text(json.dumps(asked, indent=1), encoding="utf-8")
             os.replace(temporary, path)
 
-    def _continue(self, path: Path, asked: dict[str, Any], clean: np.ndarray) -> None:
+    def _continue(
+        self, path: Path, asked: dict[str, Any], behaviour: dict[str, np.ndarray]
+    ) -> None:
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
@@ -41,10 +46,8 @@ class State:
         asked = json.loads(json.dumps(asked))
         changed = sorted(key for key in {*before, *asked} if before.get(key) != asked.get(key))
         stored = _read(self.folder / "clean.npz")
-        if not changed and stored is not None:
-            same = stored["clean"].shape == clean.shape
-            if not (same and np.allclose(stored["clean"], clean, rtol=1e-3, atol=1e-4)):
-                changed = ["model"]
+        if not changed and stored is not None and not _same(stored, behaviour):
+            changed = ["model"]
         if changed:
             raise InputError(
                 f"{self.folder} holds the state of another evaluation: {', '.join(changed)} "
@@ -83,3 +86,17 @@ def _read(path: Path) -> dict[str, np.ndarray] | None:
             return {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         return None
+
+
+def _same(before: dict[str, np.ndarray], now: dict[str, np.ndarray]) -> bool:
+    """Tell whether two behaviours are those of one model."""
+    return before.keys() == now.keys() and all(
+        _close(before[key], now[key], SAME[key]) for key in now
+    )
+
+
+def _close(one: np.ndarray, other: np.ndarray, tolerance: float) -> bool:
+    if one.shape != other.shape:
+        return False
+    size = np.abs(other[np.isfinite(other)]).max(initial=0.0)
+    return np.allclose(one, other, rtol=0, atol=tolerance * size, equal_nan=True)

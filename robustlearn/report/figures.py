@@ -22,7 +22,8 @@ def curve(evaluation: dict[str, Any]) -> Markup | None:
     data = evaluation["curve"]
     if data is None:
         return None
-    eps, attacked, certified = data["eps"], _known(data["attacked"]), data["certified"]
+    eps, certified = data["eps"], data["certified"]
+    attacked = np.array(data["attacked"], dtype=float)  # nan beyond the budget
 
     def draw(axes: Any) -> None:
         low = certified if certified is not None else [0.0] * len(eps)
@@ -46,7 +47,8 @@ def curves(evaluations: list[dict[str, Any]], names: list[str]) -> Markup | None
     def draw(axes: Any) -> None:
         for number, (evaluation, name) in enumerate(zip(evaluations, names, strict=True)):
             data, colour = evaluation["curve"], f"C{number}"
-            axes.plot(data["eps"], _known(data["attacked"]), color=colour, label=_literal(name))
+            attacked = np.array(data["attacked"], dtype=float)
+            axes.plot(data["eps"], attacked, color=colour, label=_literal(name))
             if data["certified"] is not None:
                 axes.plot(data["eps"], data["certified"], color=colour, ls="--")
         axes.axvline(evaluations[0]["threat"]["eps"], color="0.5", lw=1, ls=":")
@@ -54,11 +56,6 @@ def curves(evaluations: list[dict[str, Any]], names: list[str]) -> Markup | None
         axes.legend(frameon=False)
 
     return _svg(draw, "Accuracy against the budget ε of both models")
-
-
-def _known(values: list[float | None]) -> np.ndarray:
-    """Return values as a curve, with a gap where nothing is known."""
-    return np.array([np.nan if value is None else value for value in values])
 
 
 def margins(evaluation: dict[str, Any]) -> Markup | None:

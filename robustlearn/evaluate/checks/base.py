@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from robustlearn.evaluate.probes import Probes
+from robustlearn.evaluate.probes import NORMS, Probes
 from robustlearn.registry import Registry
 
 Outcome = tuple[bool, dict[str, float], str] | None
@@ -22,7 +22,9 @@ SCORES = "attack by scores and decisions in full (square, hop_skip_jump)"
 THROUGH = "replace what hides the gradient by its identity or a smooth stand-in"
 
 
-def check(*, needs: str, task: str = "any", remedy: str) -> Callable[[Any], Any]:
+def check(
+    *, needs: str, task: str = "any", norms: str = "1, 2 and inf", remedy: str
+) -> Callable[[Any], Any]:
     """File a function as a check, under its name.
 
     It takes the `Probes` and returns whether the model passes, its numbers, and a reason that reads
@@ -33,12 +35,13 @@ def check(*, needs: str, task: str = "any", remedy: str) -> Callable[[Any], Any]
     needs : ``"scores"``, ``"gradient"`` (one that flows), ``"differentiable"`` (a model that
         should have one), or ``"evaluation"`` (the masks of broken samples of one).
     task : ``"classification"``, or ``"any"``.
+    norms : ``"any"`` where it runs no attack that knows only some.
     remedy : what to do where it fails.
     """
 
     def decorate(function: Callable[[Probes], Outcome]) -> Callable[[Probes], Outcome]:
         name = function.__name__
-        return CHECKS.register(name, needs=needs, task=task, remedy=remedy)(function)
+        return CHECKS.register(name, needs=needs, task=task, norms=norms, remedy=remedy)(function)
 
     return decorate
 
@@ -52,6 +55,8 @@ def unsuitable(name: str, probes: Probes) -> str | None:
         return "the model is a black box: it has no gradient"
     if facts["needs"] == "gradient" and not probes.has_gradient:
         return "no gradient flows through the model"
-    if facts["needs"] == "evaluation" and not probes.record:
+    if facts["norms"] != "any" and probes.threat.p not in NORMS:
+        return f"it knows the norms {facts['norms']}, not {probes.threat.p:g}"
+    if facts["needs"] == "evaluation" and probes.record is None:
         return "no evaluation was given"
     return None

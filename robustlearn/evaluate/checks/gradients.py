@@ -17,17 +17,17 @@ from robustlearn.evaluate.checks.base import (
 from robustlearn.evaluate.probes import Probes
 
 
-@check(needs="differentiable", remedy=f"{THROUGH} (BPDA); {SCORES}")
+@check(needs="differentiable", norms="any", remedy=f"{THROUGH} (BPDA); {SCORES}")
 def gradient_available(probes: Probes) -> Outcome:
-    """∇f flows, and is not zero: at x and at the end of an ascent from there.
+    """∇f flows, and is not zero: at x and at the end of an ascent (or a step) from there.
 
     Source: the indicator of unavailable gradients of Pintor et al. (2022).
     """
     if probes.gradient_fault is not None:
         return False, {"zero": 1.0}, "no gradient flows from the output to the input"
-    end = probes.model.gradient(probes.climbed.point, probes.y, probes.loss)[0]
+    end = probes.model.gradient(probes.best.point, probes.y, probes.loss)[0]
     zero = torch.stack([flat(g).abs().amax(1) == 0 for g in (probes.slope, end)])
-    stands = probes.climbed.value <= 0 if probes.classifies else torch.ones_like(zero[0])
+    stands = probes.best.value <= 0 if probes.classifies else torch.ones_like(zero[0])
     shares = [float((row & stands).float().mean()) for row in zero]
     reason = f"the gradient is zero for {max(shares):.0%} of the samples"
     return max(shares) <= SHARE / 2, {"zero_at_x": shares[0], "zero_at_end": shares[1]}, reason

@@ -15,6 +15,7 @@ from robustlearn.models import TorchModel
 
 @check(
     needs="scores",
+    norms="any",
     remedy="average over the randomness (expectation), and measure success over many draws",
 )
 def repeatable_outputs(probes: Probes) -> Outcome:
@@ -27,7 +28,11 @@ def repeatable_outputs(probes: Probes) -> Outcome:
     return change <= SAME, {"difference": change}, reason
 
 
-@check(needs="scores", remedy="freeze the model, or attack through what it does at test time")
+@check(
+    needs="scores",
+    norms="any",
+    remedy="freeze the model, or attack through what it does at test time",
+)
 def nothing_learned_at_test_time(probes: Probes) -> Outcome:
     """A forward pass changes no weight or buffer, and takes no derivative itself.
 
@@ -46,7 +51,11 @@ def nothing_learned_at_test_time(probes: Probes) -> Outcome:
     return not changed and not kept, {"changed": changed, "kept": len(kept)}, reason
 
 
-@check(needs="scores", remedy="evaluate sample by sample (batch_size=1): neighbours matter")
+@check(
+    needs="scores",
+    norms="any",
+    remedy="evaluate sample by sample (batch_size=1): neighbours matter",
+)
 def same_alone_and_in_a_batch(probes: Probes) -> Outcome:
     """f(x_i) alone is f(x)_i in a batch."""
     alone = torch.cat([probes.model(one) for one in probes.x.split(1)])
@@ -55,7 +64,11 @@ def same_alone_and_in_a_batch(probes: Probes) -> Outcome:
     return change <= 10 * SAME, {"difference": change}, reason
 
 
-@check(needs="scores", remedy="evaluate the model in float64, and look for what cancels in it")
+@check(
+    needs="scores",
+    norms="any",
+    remedy="evaluate the model in float64, and look for what cancels in it",
+)
 def same_in_double_precision(probes: Probes) -> Outcome:
     """f in float32 is f in float64, up to a thousandth of the spread of the outputs."""
     double = probes.in_double()
@@ -69,6 +82,7 @@ def same_in_double_precision(probes: Probes) -> Outcome:
 @check(
     needs="differentiable",
     task="classification",
+    norms="any",
     remedy="give logits: return what enters the softmax",
 )
 def logits_rather_than_probabilities(probes: Probes) -> Outcome:
@@ -84,7 +98,12 @@ def logits_rather_than_probabilities(probes: Probes) -> Outcome:
     return saturated <= SHARE, {"saturated": saturated}, reason
 
 
-@check(needs="scores", task="classification", remedy="look at the outputs: the model is constant")
+@check(
+    needs="scores",
+    task="classification",
+    norms="any",
+    remedy="look at the outputs: the model is constant",
+)
 def outputs_depend_on_the_input(probes: Probes) -> Outcome:
     """Not all samples get the same output."""
     if len(probes.x) < 2:

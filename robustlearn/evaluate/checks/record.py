@@ -1,6 +1,7 @@
 """What an evaluation found already, and what is left of it on 8-bit images."""
 
 import re
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -13,30 +14,43 @@ from robustlearn.evaluate.checks.base import (
     Outcome,
     check,
 )
-from robustlearn.evaluate.probes import Probes
+from robustlearn.evaluate.probes import NORMS, Probes
 
 
-@check(needs="evaluation", task="classification", remedy="run stronger attacks: a probe sufficed")
+@check(
+    needs="evaluation",
+    task="classification",
+    norms="any",
+    remedy="run stronger attacks: a probe sufficed",
+)
 def evaluation_finds_what_probes_find(probes: Probes) -> Outcome:
     """No sample that the evaluation left standing is broken by a probe."""
-    standing = ~torch.stack(list(probes.record.values())).any(0)[: len(probes.x)].to(
-        probes.x.device
-    )
-    rivals = [probes.best, probes.noisy, *([probes.searched] if probes.has_gradient else [])]
+    if probes.threat.p not in NORMS and not probes.has_gradient:
+        return None
+    rivals = [probes.best]
+    if probes.threat.p in NORMS:
+        rivals += [probes.noisy, *([probes.searched] if probes.has_gradient else [])]
     found = torch.stack([rival.value > 0 for rival in rivals]).any(0)
-    share = float((standing & found).float().mean())
+    for mask in _record(probes).values():
+        found &= ~mask[: len(found)].to(found.device)
+    share = float(found.float().mean())
     reason = f"cheap probes break {share:.0%} of the samples that the evaluation left standing"
-    return not bool((standing & found).any()), {"missed": share}, reason
+    return not bool(found.any()), {"missed": share}, reason
 
 
-@check(needs="evaluation", task="classification", remedy=f"the gradient is masked: {SCORES}")
+@check(
+    needs="evaluation",
+    task="classification",
+    norms="any",
+    remedy=f"the gradient is masked: {SCORES}",
+)
 def scores_add_little_to_gradients(probes: Probes) -> Outcome:
     """Of what attacks by gradient left, those by scores or labels broke less than a tenth.
 
     All samples of the evaluation count that the model gets right.
     """
     after: dict[bool, Tensor] = {}
-    for label, mask in probes.record.items():
+    for label, mask in _record(probes).items():
         name = re.split("[:@]", label)[0]
         blind = name in ATTACKS and ATTACKS[name].facts["needs"] in ("scores", "labels")
         after[blind] = after[blind] | mask if blind in after else mask
@@ -71,12 +85,30 @@ def survives_eight_bits(probes: Probes) -> Outcome:
     return kept >= 0.5, {"kept": kept}, reason
 
 
-@check(needs="evaluation", task="classification", remedy="use the margin: dlr needs more classes")
+@check(
+    needs="evaluation",
+    task="classification",
+    norms="any",
+    remedy="use the margin: dlr needs more classes",
+)
 def enough_classes_for_dlr(probes: Probes) -> Outcome:
     """dlr was used with 3 classes or more, its targeted form with 4. Source: AutoAttack's flag."""
-    used = [label for label in probes.record if "dlr" in label]
+    used = [need for need in map(_classes_for_dlr, _record(probes)) if need]
     if not used:
         return None
-    least = 4 if any("targeted_dlr" in label for label in used) else 3
     classes = int(probes.model.num_classes or 2)
-    return classes >= least, {"classes": classes}, f"dlr was used with {classes} classes"
+    return classes >= max(used), {"classes": classes}, f"dlr was used with {classes} classes"
+
+
+def _classes_for_dlr(label: str) -> int:
+    """Return how many classes the dlr of an attack needs, by its label; 0 if it has none."""
+    options = dict(part.split("=") for part in re.split("[:@]", label) if part.count("=") == 1)
+    if options.get("loss") not in ("dlr", "targeted_dlr"):
+        return 0
+    aimed = options["loss"] == "targeted_dlr" or options.get("targets", "0") != "0"
+    return 4 if aimed else 3
+
+
+def _record(probes: Probes) -> Mapping[str, Tensor]:
+    """Return what each attack of the evaluation broke."""
+    return probes.record or {}
