@@ -34,7 +34,7 @@ def parsed(text: str) -> tuple[str, dict[str, Any]]:
         if not equals:
             raise InputError(f"write options as name:key=value; got {text!r}")
         if key in options:
-            raise InputError(f"{key} is given twice in {text!r}")
+            raise InputError(f"{text!r} gives {key} twice; keep one")
         options[key] = _value(value)
     return name, options
 

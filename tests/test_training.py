@@ -131,15 +131,15 @@ def test_overfitting_is_told_and_rolled_back(digits, monkeypatch, policy):
         seen.append(weights(net).clone())
         return next(told)
 
-    monkeypatch.setattr(sys.modules["robustlearn.train.fit"], "validate", found)
+    monkeypatch.setattr(sys.modules["robustlearn.train.training"], "validate", found)
     games = []
-    made = sys.modules["robustlearn.train.fit"].RobustGame
+    made = sys.modules["robustlearn.train.training"].RobustGame
 
     def kept(**given):
         games.append(made(**given))
         return games[-1]
 
-    monkeypatch.setattr(sys.modules["robustlearn.train.fit"], "RobustGame", kept)
+    monkeypatch.setattr(sys.modules["robustlearn.train.training"], "RobustGame", kept)
     given = {"epochs": 3, "attacks": None, "on_overfitting": policy, "memory": False}
     with pytest.warns(UserWarning, match="catastrophic overfitting: 98.0% stand after a single"):
         fit(network(), (digits[0][:300], digits[1][:300]), BALL, objective="fgsm", **given)
@@ -236,7 +236,7 @@ def test_other_refusals(digits):
         fit(network(), moved, BALL, validation=None)
     with pytest.raises(rl.InputError, match="a share can be held out of arrays"):
         fit(network(), plain, BALL)
-    with pytest.raises(rl.InputError, match="steps is given twice"):
+    with pytest.raises(rl.InputError, match="gives steps twice"):
         options_of("pgd_at:steps=1:steps=2")
     with pytest.raises(rl.InputError, match="for classifiers"):
         fit(nn.Linear(64, 1), (x, y.float()), BALL, objective="trades", validation=None, epochs=1)

@@ -9,20 +9,13 @@ import numpy as np
 from robustlearn import losses
 from robustlearn.attacks import ATTACKS
 from robustlearn.errors import InputError
+from robustlearn.registry import parsed as named
 
 
 def parsed(text: str) -> tuple[str, dict[str, Any], str]:
     """Read ``"name:key=value@scope"``: name, options, and scope (``"all"`` if there is none)."""
     whole, at, scope = text.partition("@")
-    name, *given = whole.split(":")
-    options: dict[str, Any] = {}
-    for option in given:
-        key, equals, value = option.partition("=")
-        if not equals:
-            raise InputError(f"write options of an attack as name:key=value; got {text!r}")
-        if key in options:
-            raise InputError(f"{text!r} gives {key} twice; keep one")
-        options[key] = _value(value)
+    name, options = named(whole)
     return name, options, scope if at else "all"
 
 
@@ -78,14 +71,3 @@ def _told(parameter: inspect.Parameter) -> str:
         return f"like {parameter.default!r}"
     kinds = [kind.__name__ for kind in get_args(parameter.annotation)]
     return " or ".join(kind for kind in kinds if kind != "NoneType")
-
-
-def _value(text: str) -> Any:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text

@@ -127,7 +127,7 @@ def epochs(rows: list[dict[str, Any]], names: list[str]) -> Markup | None:
     def draw(axes: Any) -> None:
         at = [row["epoch"] + 1 for row in rows]
         for name in names:
-            values = _known([row["told"].get(name) for row in rows])
+            values = np.array([row["told"].get(name) for row in rows], dtype=float)
             axes.plot(at, values, color=colours.get(name, "0.3"), label=name, marker=".")
         axes.set(xlabel="epoch")
         axes.legend(frameon=False)

@@ -1,7 +1,7 @@
 """Training networks for the worst case."""
 
-from robustlearn.train.fit import TrainingResult, fit
 from robustlearn.train.objectives import OBJECTIVES, Criterion, Outcome
+from robustlearn.train.training import TrainingResult, fit
 from robustlearn.train.validation import Standing, validate
 
 __all__ = [

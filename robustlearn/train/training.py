@@ -183,8 +183,7 @@ def fit(
     net.load_state_dict(history.weights["model"])
     report = None
     if held is not None and attacks is not None:
-        task = "classification" if game.criterion.classifies else "regression"
-        judged = wrap(net, task=task)
+        judged = wrap(net, task="classification" if game.criterion.classifies else "regression")
         report = evaluate(judged, *held, threat, attacks=attacks, seed=seed, data="held out")
     result = TrainingResult(net.eval(), history, report, settings)
     if out is not None:
