@@ -44,10 +44,12 @@ def test_every_move_keeps_the_threat_and_changes_what_it_should(p):
     threat = rl.LpBall(p, BUDGET[p], lower=0.0, upper=1.0, mask=mask)
     start, move = score.moves(threat, x)
     keys = torch.arange(len(x))
-    present = threat.restrict(x, start(threat, x, torch.zeros_like(x), keys, 0.8)) - x
+    present = (
+        threat.restrict(x, start(threat, x, threat.span(x), torch.zeros_like(x), keys, 0.8)) - x
+    )
     for turn in range(40):
         share = 0.8 / 2 ** (turn // 5)
-        wish = move(threat, x, present, keys + 1000 * turn, share)
+        wish = move(threat, x, threat.span(x), present, keys + 1000 * turn, share)
         point = threat.restrict(x, wish)
         assert threat.contains(x, point).all()
         assert not (point - x)[:, ~mask].any()
@@ -64,13 +66,13 @@ def test_sparse_moves_spend_the_budget_at_the_walls(shape):
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < 0.7
     threat = rl.LpBall(0, 6.9, lower=0.0, upper=1.0, mask=mask)
     start, move = score.moves(threat, x)
-    present = start(threat, x, torch.zeros_like(x), torch.arange(len(x)), 0.8)
+    present = start(threat, x, threat.span(x), torch.zeros_like(x), torch.arange(len(x)), 0.8)
     for turn in range(30):
         assert (threat.norm(present) == 6).all()
         assert not present[:, ~mask].any()
         assert ((x + present)[present != 0] % 1 == 0).all()
         before = present
-        present = move(threat, x, before, torch.arange(len(x)) + 1000 * turn, 0.3)
+        present = move(threat, x, threat.span(x), before, torch.arange(len(x)) + 1000 * turn, 0.3)
         changed = (present != before).reshape(len(x), -1).sum(1)
         assert changed.min() >= 1
         assert changed.max() <= 4  # round(.3·6) = 2 leave, and 2 come
@@ -103,9 +105,11 @@ def test_no_square_is_idle_where_a_pixel_can_move():
     threat = rl.LpBall(math.inf, 0.1, lower=0.0, upper=1.0)
     start, move = score.moves(threat, x)
     keys = torch.arange(len(x))
-    present = threat.restrict(x, start(threat, x, torch.zeros_like(x), keys, 0.8)) - x
+    present = (
+        threat.restrict(x, start(threat, x, threat.span(x), torch.zeros_like(x), keys, 0.8)) - x
+    )
     for turn in range(20):
-        wish = move(threat, x, present, keys + 1000 * turn, 0.002)
+        wish = move(threat, x, threat.span(x), present, keys + 1000 * turn, 0.002)
         changed = (wish != present).reshape(len(x), -1).any(1)
         assert changed.all()
 
@@ -118,7 +122,7 @@ def test_an_exchange_by_hand():
         1, 1, 9, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
     present = 0.8 * present / present.norm()
-    moved = score._exchange(threat, x, present, keys, 9 / 81)[0, 0].numpy()
+    moved = score._exchange(threat, x, threat.span(x), present, keys, 9 / 81)[0, 0].numpy()
     before = present[0, 0].numpy()
     changed = moved != before
     emptied = changed & (moved == 0)

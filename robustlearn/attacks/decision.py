@@ -74,7 +74,7 @@ def retreat(
         around = x[rows]
         present = nearer.enclose(around, walk.best[rows]) - around
         part = share_at(share, walk.spent, queries)
-        wish = move(nearer, around, present, walk.keys(), part)
+        wish = move(nearer, around, nearer.span(around), present, walk.keys(), part)
         won = walk.visit(nearer.restrict(around, wish))
         factor = torch.where(won, 1.5, 1.5 ** (-LIKELY / (1 - LIKELY)))
         gamma[rows] = (gamma[rows] * factor).clamp(1e-5, 0.5)
@@ -236,7 +236,8 @@ class Walk:
             if turn % 2:
                 wish = wide.sample(around, keys)
             else:
-                wish = first(wide, around, torch.zeros_like(around), keys, 1.0)
+                walls, still = wide.span(around), torch.zeros_like(around)
+                wish = first(wide, around, walls, still, keys, 1.0)
             self.visit(wide.restrict(around, wish))
             waiting = waiting[self.distance[waiting].isinf()]
             if len(waiting) == 0:
