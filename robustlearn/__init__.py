@@ -42,7 +42,7 @@ _HOME = {
     "evaluate": "evaluate",
     "wrap": "models",
 }
-_MODULES = ("attacks", "data", "linear", "losses", "models", "tabular", "threats")
+_MODULES = ("attacks", "data", "linear", "loop", "losses", "models", "tabular", "threats")
 
 
 def __getattr__(name: str) -> Any:
