@@ -47,7 +47,7 @@ _HOME = {
     "fit": "train",
     "wrap": "models",
 }
-_MODULES = ("attacks", "data", "linear", "losses", "models", "tabular", "threats")
+_MODULES = ("attacks", "data", "linear", "loop", "losses", "models", "tabular", "threats")
 
 
 def __getattr__(name: str) -> Any:

@@ -91,6 +91,40 @@ def train(out=None, game=None, **changes):
     return history, {k: v.clone() for k, v in game.modules["model"].state_dict().items()}
 
 
+class Duel:
+    """Two sides, of which one passes the exchange of gradients through the other."""
+
+    def __init__(self):
+        self.modules = {"critic": network(), "generator": nn.Linear(2, D)}
+        with torch.no_grad():
+            self.modules["generator"].weight.fill_(0.1)
+            self.modules["generator"].bias.zero_()
+        self.optimizers = {
+            name: torch.optim.Adam(module.parameters(), 1e-2)
+            for name, module in self.modules.items()
+        }
+
+    def step(self, batch, turn):
+        z = _tensor.normal(turn.keys, (2,), batch.x.dtype)
+        critic = turn.module("critic")
+        real, fake = critic(batch.x)[:, 0], critic(turn.unwrapped("generator")(z).detach())[:, 0]
+        losses = F.softplus(-real) + F.softplus(fake)
+        turn.backward(losses)
+        turn.update("critic")
+        judge = turn.unwrapped("critic").requires_grad_(False)
+        deceits = F.softplus(-judge(turn.module("generator")(z))[:, 0])
+        turn.backward(deceits)
+        turn.update("generator")
+        judge.requires_grad_(True)
+        return {"critic": losses, "generator": deceits}
+
+
+def duel():
+    """Return the weights of both sides after a duel."""
+    history = play(Duel(), samples()[0], epochs=3, batch_size=8, timeout=60)
+    return {f"{n}.{k}": v for n, side in history.weights.items() for k, v in side.items()}
+
+
 CASES = {
     "unequal parts": {"batch_size": 8},
     "fewer samples than processes": {"batch_size": 1, "epochs": 1},
@@ -116,6 +150,7 @@ def ranks(folder):
         history, weights = train(game=Noisy(), timeout=60, **options)
         found[case] = {"weights": weights, "rows": plain(history)}
         found[case] |= {"best": history.best, "stopped": history.stopped}
+    found["duel"] = duel()
     history, found["whole"] = train(game=Noisy(**DEEP))
     found["whole rows"] = plain(history)
     with contextlib.suppress(KeyboardInterrupt):

@@ -1,5 +1,7 @@
 """The training loop against bare loops, closed forms, and itself after a kill."""
 
+import doctest
+import importlib
 import itertools
 import json
 import math
@@ -690,6 +692,12 @@ def test_trackers_hear_every_epoch():
     assert [step for step, _ in listener.heard] == [0, 1, 2]
     assert listener.heard[2][1]["metrics/loss"] == history.rows[2]["metrics"]["loss"]
     assert Listener.ended
+
+
+@pytest.mark.parametrize("name", ["play", "randomness", "samples", "schedules"])
+def test_the_examples_of_the_docstrings(name):
+    module = importlib.import_module(f"robustlearn.loop.{name}")
+    assert doctest.testmod(sys.modules[module.__name__], raise_on_error=True).attempted
 
 
 def test_ranks_of_one_process_do_nothing():

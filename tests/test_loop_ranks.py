@@ -47,6 +47,13 @@ def test_processes_give_the_weights_of_one(found, case):
         assert row["metrics"] == pytest.approx(one["metrics"], rel=1e-4)
 
 
+def test_two_sides_in_processes_are_those_of_one(found):
+    expected = games.duel()
+    for part in found[0]:
+        for name, value in expected.items():
+            torch.testing.assert_close(part["duel"][name], value, rtol=1e-4, atol=1e-5)
+
+
 def test_a_run_of_processes_that_is_resumed_ends_with_equal_weights(found):
     """With batch norm, whose statistics are those of each part, dropout, average and memory."""
     parts, folder = found

@@ -245,7 +245,7 @@ class _Run:
         if last:
             self.compare = False
         for side in self.sides.values():
-            ranks.average(side.buffers)
+            side.settle(ranks)
 
     def _step(self, batch: Batch, turn: Turn) -> Mapping[str, Tensor]:
         if self.samples.augment is not None:

@@ -32,8 +32,10 @@ class Ranks:
             log_with=list(trackers) or None,
             project_dir=out,
             kwargs_handlers=[
-                # two forwards before one backward; `agree` sees to the buffers
-                DistributedDataParallelKwargs(broadcast_buffers=False),
+                # Side.settle sees to the buffers, so that two forwards may precede a backward;
+                # searching for unused parameters keeps the order in which gradients are summed,
+                # which DDP otherwise changes after its first step: also the first one on resume
+                DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True),
                 InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)),
             ],
         )

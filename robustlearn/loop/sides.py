@@ -59,6 +59,7 @@ class Side:
         self.average = Average(module, ema) if wanted and ema is not None else None
         self.buffers = [b for b in module.buffers() if b.is_floating_point()]
         self._good = [buffer.clone() for buffer in self.buffers]
+        self._moved = False
         for group in optimizer.param_groups if optimizer else ():
             group.setdefault("initial_lr", group["lr"])
 
@@ -91,8 +92,15 @@ class Side:
         self._followed.zero_grad()
         if self.average is not None:
             self.average.update(self.module)
-        if self.buffers:
+        self._moved = True
+
+    @torch.no_grad()
+    def settle(self, ranks: Ranks) -> None:
+        """End a step: buffers become equal in all processes, and good if an update was."""
+        ranks.average(self.buffers)
+        if self.buffers and self._moved:
             torch._foreach_copy_(self._good, self.buffers)
+        self._moved = False
 
     @torch.no_grad()
     def decline(self) -> None:
