@@ -236,6 +236,8 @@ def test_other_refusals(digits):
         fit(network(), moved, BALL, validation=None)
     with pytest.raises(rl.InputError, match="a share can be held out of arrays"):
         fit(network(), plain, BALL)
+    with pytest.raises(rl.InputError, match="free steps after each replay"):
+        fit(network(), digits, BALL, objective="free", accumulate=2)
     with pytest.raises(rl.InputError, match="gives steps twice"):
         options_of("pgd_at:steps=1:steps=2")
     with pytest.raises(rl.InputError, match="for classifiers"):

@@ -18,7 +18,7 @@ from robustlearn.report import write_training
 from robustlearn.threats import LpBall
 from robustlearn.train.game import RobustGame
 from robustlearn.train.memory import Memory
-from robustlearn.train.objectives import Criterion, options_of
+from robustlearn.train.objectives import OBJECTIVES, Criterion, options_of
 from robustlearn.train.validation import Standing, validate
 
 FIGURE = "robust"  # what decides which epoch is the best
@@ -138,6 +138,8 @@ def fit(
     True
     """
     name, chosen = options_of(objective)
+    if OBJECTIVES[name].facts["replays"] > 1 and options.get("accumulate", 1) > 1:
+        raise InputError(f"{name} steps after each replay, and cannot accumulate: accumulate=1")
     if isinstance(threat.eps, Tensor):
         raise InputError("give one budget for all samples: those held out have none of their own")
     dtype = next(net.parameters()).dtype
