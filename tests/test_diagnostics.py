@@ -420,5 +420,10 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert told["verdict"]["trustworthy"] is True
     assert run([*command, *more]) == 0
     assert "passed: pgd finds" in capsys.readouterr().out
-    assert run([*command, *more, "--attack", "nothing"]) == 2
-    assert "there is no attack named" in capsys.readouterr().err
+    for attack, said in (
+        ("nothing", "there is no attack named"),
+        ("quick", "quick is a preset: name an attack"),
+        ("pgd@audit", "leave out the scope"),
+    ):
+        assert run([*command, *more, "--attack", attack]) == 2
+        assert said in capsys.readouterr().err

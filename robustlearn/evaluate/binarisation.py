@@ -14,7 +14,7 @@ from robustlearn._tensor import column, flat
 from robustlearn.attacks import ATTACKS
 from robustlearn.errors import InputError, ModelError
 from robustlearn.evaluate import draws
-from robustlearn.evaluate.plans import plan
+from robustlearn.evaluate.plans import PRESETS, plan
 from robustlearn.evaluate.results import Estimate
 from robustlearn.models import Model, TorchModel, wrap
 from robustlearn.models import labels as labels_of
@@ -159,7 +159,11 @@ def unit_test(
 def _chosen(attack: str | Callable[..., Tensor]) -> tuple[str, Callable[..., Tensor]]:
     if callable(attack):
         return getattr(attack, "__name__", "attack"), attack
+    if attack in PRESETS:
+        raise InputError(f"one attack is tested at a time; {attack} is a preset: name an attack")
     (step,) = plan([attack])
+    if step.scope != "all":
+        raise InputError(f"{step.label}: an attack that is tested meets all; leave out the scope")
     return step.label, lambda *given: ATTACKS[step.name].function(*given, **step.options)
 
 
