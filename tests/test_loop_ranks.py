@@ -17,10 +17,10 @@ def free_port():
         return door.getsockname()[1]
 
 
-def launch(world, *arguments, seconds=120):
-    """Start a script of games.py in several processes by torchrun."""
+def launch(world, *arguments, script=games.__file__, seconds=120):
+    """Start a script, by default one of games.py, in several processes by torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world)]
-    command += ["--master-port", str(free_port()), games.__file__, *map(str, arguments)]
+    command += ["--master-port", str(free_port()), script, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=seconds)
 
 

@@ -148,6 +148,7 @@ def evaluate(
     """Bound the robustness of a model from both sides and write a report."""
     from robustlearn.cli import inputs, screen
     from robustlearn.evaluate import document, evaluate, save
+    from robustlearn.evaluate.sharing import first
 
     if resume and out is None:
         raise InputError("--resume goes with --out: the folder that holds the earlier run")
@@ -178,9 +179,9 @@ def evaluate(
         )
     if out is not None:
         save([report], out, command=_command())
-    if as_json:
+    if as_json and first():
         typer.echo(json.dumps(document([report], command=_command()), indent=1, allow_nan=False))
-    elif not quiet:
+    elif not quiet and first():
         screen.show([report], out)
 
 
@@ -272,6 +273,7 @@ def train(
 ) -> None:
     """Train a network for the worst case, and bound what came of it."""
     from robustlearn.cli import inputs, training
+    from robustlearn.evaluate.sharing import first
     from robustlearn.train import fit
 
     samples, _ = inputs.samples(data, target, limit, seed, part="train")
@@ -307,7 +309,7 @@ def train(
             trackers=tracker or (),
             resume=resume,
         )
-    if not quiet:
+    if not quiet and first():
         training.show(result, out)
 
 
