@@ -307,7 +307,7 @@ def train(
             trackers=tracker or (),
             resume=resume,
         )
-    if not quiet:
+    if not quiet and result.history.first:
         training.show(result, out)
 
 
