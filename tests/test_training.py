@@ -254,6 +254,29 @@ def test_the_command_writes_weights_and_reports(module, tmp_path, capsys):
     assert run(command(module, out, "--attacks", "none", "--resume")) == 0
 
 
+def test_the_command_prints_json_and_takes_a_criterion(tmp_path, capsys):
+    path = tmp_path / "regression.py"
+    path.write_text("import torch\n\nnet = torch.nn.Linear(10, 1)\n")
+    given = [
+        "train",
+        "--model",
+        f"{path}:net",
+        "--data",
+        "diabetes",
+        "--norm",
+        "l2",
+        "--eps",
+        "0.1",
+    ]
+    more = ["--criterion", "huber", "--epochs", "2", "--attacks", "none", "--json"]
+    assert run([*given, *more, "--out", str(tmp_path / "run")]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["settings"]["criterion"] == "huber"
+    assert len(told["rows"]) == 2
+    assert run([*given, "--criterion", "hinge", "--out", str(tmp_path / "other")]) == 2
+    assert "a criterion is cross_entropy, squared or huber" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [

@@ -230,6 +230,7 @@ def train(
     norm: Norm = "linf",
     lower: Lower = None,
     upper: Upper = None,
+    features: Features = None,
     target: Target = None,
     objective: Annotated[
         str, typer.Option(help="Objective with its options, as trades:beta=6:steps=3.")
@@ -246,6 +247,11 @@ def train(
     memory: Annotated[
         bool, typer.Option(help="Start at the perturbation of the epoch before.")
     ] = True,
+    criterion: Annotated[
+        str | None,
+        typer.Option(help="cross_entropy, squared or huber; the first for whole labels."),
+    ] = None,
+    smoothing: Annotated[float, typer.Option(help="Label smoothing.")] = 0.0,
     awp: Annotated[float, typer.Option(help="γ of adversarial weight perturbation.")] = 0.0,
     ema: Annotated[float | None, typer.Option(help="Decay of a running mean of weights.")] = None,
     precision: Annotated[str, typer.Option(help="float32, bf16 or fp16.")] = "float32",
@@ -268,6 +274,7 @@ def train(
     seed: Seed = 0,
     limit: Limit = None,
     quiet: Quiet = False,
+    as_json: AsJson = False,
     allow_pickle: Pickle = False,
 ) -> None:
     """Train a network for the worst case, and bound what came of it."""
@@ -276,11 +283,13 @@ def train(
 
     samples, _ = inputs.samples(data, target, limit, seed, part="train")
     network = training.network(inputs.model(model, task=None, allow_pickle=allow_pickle))
-    with training.watched(epochs, show=not quiet) as progress:
+    columns = samples.feature_names
+    threat = inputs.threat(norm, eps, lower, upper, features=features, columns=columns)
+    with training.watched(epochs, show=not (quiet or as_json)) as progress:
         result = fit(
             network,
             (samples.x, samples.y),
-            inputs.threat(norm, eps, lower, upper),
+            threat,
             objective=objective,
             validation=validation,
             epochs=epochs,
@@ -291,6 +300,7 @@ def train(
             schedule=schedule,
             ramp=ramp,
             memory=memory,
+            criterion=training.criterion(criterion, smoothing, samples.y),
             awp=awp,
             on_overfitting=on_overfitting,
             seed=seed,
@@ -307,7 +317,11 @@ def train(
             trackers=tracker or (),
             resume=resume,
         )
-    if not quiet and result.history.first:
+    if not result.history.first:
+        return
+    if as_json:
+        typer.echo(json.dumps(inputs.plain(result.document()), indent=1, allow_nan=False))
+    elif not quiet:
         training.show(result, out)
 
 

@@ -47,9 +47,9 @@ class TrainingResult:
     report: Report | None
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def save(self, folder: str | Path) -> Path:
-        """Write training.json and training.html, and the report of the evaluation beside it."""
-        document = {
+    def document(self) -> dict[str, Any]:
+        """Return what training did as plain data: what is in training.json."""
+        return {
             "model": type(self.model).__name__,
             "settings": self.settings,
             "rows": self.history.rows,
@@ -57,9 +57,12 @@ class TrainingResult:
             "stopped": self.history.stopped,
             "evaluated": self.report is not None,
         }
+
+    def save(self, folder: str | Path) -> Path:
+        """Write training.json and training.html, and the report of the evaluation beside it."""
         if self.report is not None:
             self.report.save(folder)
-        return write_training(document, Path(folder))
+        return write_training(self.document(), Path(folder))
 
     def __str__(self) -> str:
         rows, best = self.history.rows, self.history.best
