@@ -1,5 +1,7 @@
 """Named collections from which the command line, the tests and the report draw."""
 
+import math
+import numbers
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -48,6 +50,50 @@ def _value(text: str) -> Any:
         except ValueError:
             continue
     return text
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that an option may be; ``ends`` tell by ``[`` and ``]`` which bounds belong."""
+
+    low: float
+    high: float
+    ends: str
+    whole: bool = False
+
+    def holds(self, value: Any) -> bool:
+        """Tell whether a value is a number of the range."""
+        kind = numbers.Integral if self.whole else numbers.Real
+        if isinstance(value, bool) or not isinstance(value, kind):
+            return False
+        number, closed = float(value), {"[": self.low, "]": self.high}
+        return self.low < number < self.high or number in [closed.get(end) for end in self.ends]
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.whole else "a number"
+        return f"{kind} in {self.ends[0]}{self.low:g}, {self.high:g}{self.ends[1]}"
+
+
+COUNT = Range(1, math.inf, "[)", whole=True)
+NATURAL = Range(0, math.inf, "[)", whole=True)
+POSITIVE = Range(0, math.inf, "()")
+NOT_NEGATIVE = Range(0, math.inf, "[)")
+SHARE = Range(0, 1, "(]")
+
+
+def check_options(name: str, options: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
+    """Raise an InputError that names the option, its range and the value; None is a default.
+
+    Examples
+    --------
+    >>> check_options("pgd", {"steps": 0}, {"steps": COUNT})
+    Traceback (most recent call last):
+    robustlearn.errors.InputError: pgd: steps must be a whole number in [1, inf); got 0
+    """
+    for option, value in options.items():
+        allowed = ranges.get(option)
+        if allowed is not None and value is not None and not allowed.holds(value):
+            raise InputError(f"{name}: {option} must be {allowed}; got {value!r}")
 
 
 class Registry(Mapping[str, Entry]):

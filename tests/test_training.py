@@ -20,7 +20,7 @@ from robustlearn.linear import AdversarialRegressor
 from robustlearn.loop import Samples
 from robustlearn.train import Standing, fit
 from robustlearn.train import fit as fitting
-from robustlearn.train.objectives import Criterion, options_of
+from robustlearn.train.objectives import OBJECTIVES, Criterion, options_of
 from robustlearn.train.validation import validate
 
 BALL = rl.LpBall(math.inf, 0.15, lower=0.0, upper=1.0)
@@ -95,6 +95,24 @@ def test_training_makes_it_robust_and_says_how_robust(digits):
     assert "attacked" in str(after)
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_trains(digits, name):
+    data = (digits[0][:600], digits[1][:600])
+    rows = fit(network(), data, BALL, objective=name, epochs=4, lr=5e-3, attacks=None).history.rows
+    assert rows[-1]["metrics"]["loss"] < rows[0]["metrics"]["loss"]
+    assert rows[-1]["validation"]["clean"] > 0.5
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_trades_has_an_adversary_from_the_first_step_on(digits, memory):
+    """At x itself the divergence has no slope: an ascent that starts there goes nowhere."""
+    plain, robust = network(), network()
+    given = {"epochs": 8, "lr": 3e-3, "attacks": "quick", "memory": memory}
+    before = fit(plain, digits, BALL, objective="standard", **given).report
+    after = fit(robust, digits, BALL, objective="trades:steps=3", **given).report
+    assert after.attacked.value > before.attacked.value + 0.2
+
+
 def test_the_figures_of_a_validation(digits):
     """Of a linear model all three are known."""
     x, y = digits[0][:200].double(), (digits[1][:200] > 4).long()
@@ -146,6 +164,32 @@ def test_overfitting_is_told_and_rolled_back(digits, monkeypatch, policy):
     assert games[0].objective == ("pgd_at" if policy == "rollback" else "fgsm")
     if policy == "rollback":
         assert torch.equal(torch.cat([v.reshape(-1) for v in games[0].good.values()]), seen[0])
+
+
+def test_a_run_that_is_resumed_knows_its_best_weights(digits, tmp_path, monkeypatch):
+    """Worse weights after the interruption must not be what is rolled back to."""
+    told = [Standing(0.9, 0.6, s) for s in (0.4, 0.6, 0.5)] + [Standing(0.99, 0.98, 0.01)] * 2
+    data = (digits[0][:300], digits[1][:300])
+    given = {"epochs": 5, "attacks": None, "on_overfitting": "rollback", "save_every": 0.0}
+    calls = iter(told)
+    monkeypatch.setattr(
+        sys.modules["robustlearn.train.training"], "validate", lambda *a, **k: next(calls)
+    )
+
+    def interrupt(moment):
+        if (moment.epoch, moment.step) == (2, 2):
+            raise KeyboardInterrupt
+
+    nets = [network(), network(), network(seed=5)]
+    with pytest.warns(UserWarning, match="catastrophic overfitting"):
+        whole = fit(nets[0], data, BALL, out=tmp_path / "whole", **given)
+    calls = iter(told)
+    with pytest.raises(KeyboardInterrupt):
+        fit(nets[1], data, BALL, out=tmp_path / "parts", progress=interrupt, **given)
+    with pytest.warns(UserWarning, match="catastrophic overfitting"):
+        parts = fit(nets[2], data, BALL, out=tmp_path / "parts", resume=True, **given)
+    rows = [[{**r, "seconds": 0} for r in result.history.rows] for result in (whole, parts)]
+    assert rows[0] == rows[1]
 
 
 # ---------------------------------------------------------------------- interruption
@@ -210,6 +254,29 @@ def test_the_command_writes_weights_and_reports(module, tmp_path, capsys):
     assert run(command(module, out, "--attacks", "none", "--resume")) == 0
 
 
+def test_the_command_prints_json_and_takes_a_criterion(tmp_path, capsys):
+    path = tmp_path / "regression.py"
+    path.write_text("import torch\n\nnet = torch.nn.Linear(10, 1)\n")
+    given = [
+        "train",
+        "--model",
+        f"{path}:net",
+        "--data",
+        "diabetes",
+        "--norm",
+        "l2",
+        "--eps",
+        "0.1",
+    ]
+    more = ["--criterion", "huber", "--epochs", "2", "--attacks", "none", "--json"]
+    assert run([*given, *more, "--out", str(tmp_path / "run")]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["settings"]["criterion"] == "huber"
+    assert len(told["rows"]) == 2
+    assert run([*given, "--criterion", "hinge", "--out", str(tmp_path / "other")]) == 2
+    assert "a criterion is cross_entropy, squared or huber" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -238,6 +305,18 @@ def test_other_refusals(digits):
         fit(network(), plain, BALL)
     with pytest.raises(rl.InputError, match="free steps after each replay"):
         fit(network(), digits, BALL, objective="free", accumulate=2)
+    for wrong, said in (
+        ({"lr": -1.0}, "lr must be a number in"),
+        ({"awp": math.nan}, "awp must be a number in"),
+        ({"weight_decay": -1.0}, "weight_decay must be"),
+        ({"objective": "pgd_at:steps=0"}, "steps must be a whole number in"),
+        ({"on_overfitting": "rollback", "ema": 0.9}, "leave out ema"),
+        ({"on_overfitting": "rollback", "validation": None}, "needs validation"),
+    ):
+        with pytest.raises(rl.InputError, match=said):
+            fit(network(), digits, BALL, **wrong)
+    with pytest.raises(rl.InputError, match="labels out of range"):
+        fit(network(), (x, y + 1), BALL)
     with pytest.raises(rl.InputError, match="gives steps twice"):
         options_of("pgd_at:steps=1:steps=2")
     with pytest.raises(rl.InputError, match="for classifiers"):

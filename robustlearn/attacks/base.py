@@ -2,9 +2,7 @@
 
 import functools
 import math
-import numbers
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -13,7 +11,7 @@ from torch import Tensor
 from robustlearn import _tensor
 from robustlearn.errors import InputError
 from robustlearn.models import Model, check_range, wrap
-from robustlearn.registry import Registry
+from robustlearn.registry import COUNT, NATURAL, POSITIVE, SHARE, Range, Registry, check_options
 from robustlearn.threats import LpBall
 
 Attack = Callable[..., Tensor]
@@ -22,56 +20,14 @@ Needs = Literal["gradient", "scores", "labels", "affine"]
 ATTACKS = Registry("attack")
 
 
-@dataclass(frozen=True)
-class Range:
-    """The numbers that an option may be; ``ends`` tell by ``[`` and ``]`` which bounds belong."""
-
-    low: float
-    high: float
-    ends: str
-    whole: bool = False
-
-    def holds(self, value: Any) -> bool:
-        """Tell whether a value is a number of the range."""
-        kind = numbers.Integral if self.whole else numbers.Real
-        if isinstance(value, bool) or not isinstance(value, kind):
-            return False
-        number, closed = float(value), {"[": self.low, "]": self.high}
-        return self.low < number < self.high or number in [closed.get(end) for end in self.ends]
-
-    def __str__(self) -> str:
-        kind = "a whole number" if self.whole else "a number"
-        return f"{kind} in {self.ends[0]}{self.low:g}, {self.high:g}{self.ends[1]}"
-
-
-COUNT = Range(1, math.inf, "[)", whole=True)
-COUNT_OR_NONE = Range(0, math.inf, "[)", whole=True)
-POSITIVE = Range(0, math.inf, "()")
-WEIGHT = Range(0, math.inf, "[)")
-SHARE = Range(0, 1, "(]")
 OPTIONS = {
     **dict.fromkeys(("steps", "restarts", "searches", "rivals"), COUNT),
     **dict.fromkeys(("queries", "directions", "probes"), COUNT),
-    **dict.fromkeys(("targets", "polish"), COUNT_OR_NONE),
+    **dict.fromkeys(("targets", "polish"), NATURAL),
     "step_size": POSITIVE,
     "share": SHARE,
     "gamma": Range(0, 1, "()"),
 }
-
-
-def check_options(name: str, options: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
-    """Raise an InputError that names the option, its range and the value; None is a default.
-
-    Examples
-    --------
-    >>> check_options("pgd", {"steps": 0}, OPTIONS)
-    Traceback (most recent call last):
-    robustlearn.errors.InputError: pgd: steps must be a whole number in [1, inf); got 0
-    """
-    for option, value in options.items():
-        allowed = ranges.get(option)
-        if allowed is not None and value is not None and not allowed.holds(value):
-            raise InputError(f"{name}: {option} must be {allowed}; got {value!r}")
 
 
 def attack(

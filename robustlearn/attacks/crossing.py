@@ -7,14 +7,15 @@ from torch import Tensor
 
 from robustlearn._tensor import flat
 from robustlearn.attacks._hunt import Hunt, Toward
-from robustlearn.attacks.base import POSITIVE, WEIGHT, Range, attack
+from robustlearn.attacks.base import attack
 from robustlearn.models import Model
+from robustlearn.registry import NOT_NEGATIVE, POSITIVE, Range
 from robustlearn.threats import LpBall
 
 DAMPINGS = 4  # halvings of a step that leads away from the boundary
 
 
-@attack(needs="gradient", minimal=True, overshoot=WEIGHT)
+@attack(needs="gradient", minimal=True, overshoot=NOT_NEGATIVE)
 def deepfool(
     model: Model,
     x: Tensor,

@@ -22,9 +22,10 @@ from robustlearn.attacks.ascent import (
     stepper,
     unit,
 )
-from robustlearn.attacks.base import WEIGHT, attack
+from robustlearn.attacks.base import attack
 from robustlearn.errors import InputError
 from robustlearn.models import Model
+from robustlearn.registry import NOT_NEGATIVE
 from robustlearn.threats import LpBall
 
 PATCHES = 4  # a side of the grid from which images start
@@ -64,7 +65,7 @@ def fgsm(model: Model, x: Tensor, y: Tensor, threat: LpBall, *, loss: Any = None
     return threat.restrict(x, threat.argmax(gradient, x))
 
 
-@attack(needs="gradient", norms="1, 2, inf", momentum=WEIGHT)
+@attack(needs="gradient", norms="1, 2, inf", momentum=NOT_NEGATIVE)
 def pgd(
     model: Model,
     x: Tensor,
@@ -163,7 +164,7 @@ def pgd(
     return _run(model, x, y, threat, plan, restarts, start)
 
 
-@attack(needs="gradient", norms="1, 2, inf", decay=WEIGHT)
+@attack(needs="gradient", norms="1, 2, inf", decay=NOT_NEGATIVE)
 def mi_fgsm(
     model: Model,
     x: Tensor,

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from robustlearn._tensor import flat
 from robustlearn.attacks._hunt import Hunt, cosine
-from robustlearn.attacks.base import WEIGHT, Range, attack
+from robustlearn.attacks.base import attack
 from robustlearn.errors import InputError
 from robustlearn.models import Model
+from robustlearn.registry import NOT_NEGATIVE, Range
 from robustlearn.threats import LpBall
 
 BETAS = 0.9, 0.999  # of Adam
@@ -17,7 +18,7 @@ TINY = 1e-8  # what Adam adds to its divisor
 SMOOTH = 1e-3  # σ of the smooth count, in widths of the box, squared
 
 
-@attack(needs="gradient", norms="2", minimal=True, confidence=WEIGHT)
+@attack(needs="gradient", norms="2", minimal=True, confidence=NOT_NEGATIVE)
 def carlini_wagner(
     model: Model,
     x: Tensor,

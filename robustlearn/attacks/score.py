@@ -10,9 +10,10 @@ from torch import Tensor
 
 from robustlearn import _tensor, losses
 from robustlearn._tensor import column, flat, per_sample
-from robustlearn.attacks.base import POSITIVE, WEIGHT, attack
+from robustlearn.attacks.base import attack
 from robustlearn.errors import InputError
 from robustlearn.models import Model
+from robustlearn.registry import NOT_NEGATIVE, POSITIVE
 from robustlearn.threats import LpBall
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries
@@ -365,7 +366,7 @@ def _left(threat: LpBall, kept: Tensor) -> Tensor:
 # ---------------------------------------------------------------------- estimated gradients
 
 
-@attack(needs="scores", norms="1, 2, inf", radius=POSITIVE, momentum=WEIGHT)
+@attack(needs="scores", norms="1, 2, inf", radius=POSITIVE, momentum=NOT_NEGATIVE)
 def nes(
     model: Model,
     x: Tensor,

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from robustlearn import _tensor, losses
 from robustlearn.attacks.ascent import sharp
-from robustlearn.attacks.base import COUNT, OPTIONS, check_options
+from robustlearn.attacks.base import OPTIONS
 from robustlearn.errors import InputError
 from robustlearn.models import Model, check_range, wrap
+from robustlearn.registry import COUNT, check_options
 from robustlearn.tabular import Tabular
 from robustlearn.threats import LpBall
 

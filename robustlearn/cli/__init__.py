@@ -231,6 +231,7 @@ def train(
     norm: Norm = "linf",
     lower: Lower = None,
     upper: Upper = None,
+    features: Features = None,
     target: Target = None,
     objective: Annotated[
         str, typer.Option(help="Objective with its options, as trades:beta=6:steps=3.")
@@ -247,6 +248,11 @@ def train(
     memory: Annotated[
         bool, typer.Option(help="Start at the perturbation of the epoch before.")
     ] = True,
+    criterion: Annotated[
+        str | None,
+        typer.Option(help="cross_entropy, squared or huber; the first for whole labels."),
+    ] = None,
+    smoothing: Annotated[float, typer.Option(help="Label smoothing.")] = 0.0,
     awp: Annotated[float, typer.Option(help="γ of adversarial weight perturbation.")] = 0.0,
     ema: Annotated[float | None, typer.Option(help="Decay of a running mean of weights.")] = None,
     precision: Annotated[str, typer.Option(help="float32, bf16 or fp16.")] = "float32",
@@ -269,20 +275,22 @@ def train(
     seed: Seed = 0,
     limit: Limit = None,
     quiet: Quiet = False,
+    as_json: AsJson = False,
     allow_pickle: Pickle = False,
 ) -> None:
     """Train a network for the worst case, and bound what came of it."""
     from robustlearn.cli import inputs, training
-    from robustlearn.evaluate.sharing import first
     from robustlearn.train import fit
 
     samples, _ = inputs.samples(data, target, limit, seed, part="train")
     network = training.network(inputs.model(model, task=None, allow_pickle=allow_pickle))
-    with training.watched(epochs, show=not quiet) as progress:
+    columns = samples.feature_names
+    threat = inputs.threat(norm, eps, lower, upper, features=features, columns=columns)
+    with training.watched(epochs, show=not (quiet or as_json)) as progress:
         result = fit(
             network,
             (samples.x, samples.y),
-            inputs.threat(norm, eps, lower, upper),
+            threat,
             objective=objective,
             validation=validation,
             epochs=epochs,
@@ -293,6 +301,7 @@ def train(
             schedule=schedule,
             ramp=ramp,
             memory=memory,
+            criterion=training.criterion(criterion, smoothing, samples.y),
             awp=awp,
             on_overfitting=on_overfitting,
             seed=seed,
@@ -309,7 +318,11 @@ def train(
             trackers=tracker or (),
             resume=resume,
         )
-    if not quiet and first():
+    if not result.history.first:
+        return
+    if as_json:
+        typer.echo(json.dumps(inputs.plain(result.document()), indent=1, allow_nan=False))
+    elif not quiet:
         training.show(result, out)
 
 

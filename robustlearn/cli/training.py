@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.text import Text
 from torch import nn
@@ -14,7 +15,7 @@ from robustlearn.cli.screen import bars
 from robustlearn.errors import InputError
 from robustlearn.loop import Moment
 from robustlearn.models import Model, TorchModel
-from robustlearn.train import TrainingResult
+from robustlearn.train import Criterion, TrainingResult
 
 RECENT = 50  # steps between two looks at the metrics, which wait for the device
 
@@ -27,6 +28,13 @@ def network(model: Model) -> nn.Module:
             "by robustlearn fit-linear"
         )
     return model.source
+
+
+def criterion(kind: str | None, smoothing: float, y: np.ndarray) -> Criterion:
+    """Return the loss of --criterion and --smoothing, by default that of the kind of labels."""
+    if kind is None:
+        kind = "squared" if y.dtype.kind == "f" else "cross_entropy"
+    return Criterion(kind, smoothing)
 
 
 @contextlib.contextmanager

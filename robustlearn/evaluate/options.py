@@ -43,7 +43,7 @@ def _check_loss(name: str, loss: Any) -> None:
     if isinstance(loss, str) and loss not in losses.LOSSES:
         raise InputError(f"{name}: there is no loss {loss!r}; there are {', '.join(losses.LOSSES)}")
     chosen = losses.LOSSES[loss] if isinstance(loss, str) else loss
-    if isinstance(chosen, losses.Loss) and chosen._won is losses.reached:
+    if isinstance(chosen, losses.Loss) and chosen.targeted:
         raise InputError(
             f"{name}: {chosen.name} pushes towards y, which is the true class here, so that it "
             "would break nothing; for attacks on each rival class give apgd targets=9, or other "

@@ -22,12 +22,14 @@ class History:
     stopped : ``"finished"`` or ``"patience"``.
     weights : module -> state dictionary of the best epoch on the CPU; of the averaged weights if
         there are any.
+    first : whether this is the first of the processes, the one that writes files.
     """
 
     rows: list[Row] = field(default_factory=list)
     best: int | None = None
     stopped: str = ""
     weights: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    first: bool = True
 
 
 @dataclass(frozen=True, eq=False)

@@ -193,7 +193,7 @@ class _Run:
         for part, mode in self.modes.items():
             part.training = mode
         at = self.position
-        return History(at.rows, at.best, at.stopped, self.best)
+        return History(at.rows, at.best, at.stopped, self.best, self.ranks.first)
 
     def _epoch(self) -> None:
         at, options = self.position, self.options

@@ -101,6 +101,15 @@ class Samples:
     def __len__(self) -> int:
         return self._lengths[0]
 
+    @property
+    def numbered(self) -> int:
+        """How many samples have a number: those of the data, and the extra ones."""
+        return sum(self._lengths)
+
+    def labels(self) -> list[Tensor]:
+        """Return y of the data and of the extra data, of what is in memory."""
+        return [source[1] for source in self._sources if _held(source) and source[1].numel()]
+
     def fingerprint(self) -> str:
         """Return a hash of the sizes, the options and of up to 64 samples in memory."""
         facts = [self._lengths, self.ratio, self.augment is not None]

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from robustlearn.threats import LpBall
 from robustlearn.train.inner import Craft
 from robustlearn.train.memory import Memory
 from robustlearn.train.objectives import OBJECTIVES, Criterion, Outcome
+from robustlearn.train.validation import Standing
 from robustlearn.train.weights import perturbed
 
 LONGER = 4  # steps of an ascent once single ones have failed
@@ -28,6 +29,7 @@ class RobustGame:
     threat : of all training samples; its budget is reached after the share ``ramp`` of all steps.
     memory : keeps the perturbations of the epoch before as starts; None for random starts.
     guarded : whether the best weights are kept, for `roll_back`.
+    best : what held-out samples said of the best epoch so far, and ``good`` its weights.
     awp : γ of the adversarial weight perturbation, once the ramp has ended; 0 for none.
     """
 
@@ -41,6 +43,7 @@ class RobustGame:
     memory: Memory | None = None
     awp: float = 0.0
     guarded: bool = False
+    best: Standing | None = None
     good: dict[str, Tensor] = field(default_factory=dict)
     rolled_back: bool = False
 
@@ -63,8 +66,9 @@ class RobustGame:
             self.memory.put(turn.gather(batch.index), turn.gather(delta))
         return outcome.metrics
 
-    def remember(self) -> None:
-        """Keep the weights as they are, if they may be asked for again."""
+    def remember(self, standing: Standing) -> None:
+        """Keep the figures of the best weights, and these too if they may be asked for again."""
+        self.best = standing
         if self.guarded:
             weights = self.modules["model"].state_dict()
             self.good = {name: value.detach().clone() for name, value in weights.items()}
@@ -81,7 +85,9 @@ class RobustGame:
         """Return what is remembered between steps."""
         kept = {} if self.memory is None else {"perturbations": self.memory.kept}
         good = {f"good.{name}": value for name, value in self.good.items()}
-        return {**kept, **good, "rolled_back": torch.tensor(self.rolled_back)}
+        best = () if self.best is None else astuple(self.best)
+        told = {"best": torch.tensor(best, dtype=torch.float64)}
+        return {**kept, **good, **told, "rolled_back": torch.tensor(self.rolled_back)}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Take up what was remembered."""
@@ -89,6 +95,7 @@ class RobustGame:
             self.memory.kept.copy_(state["perturbations"])
         prefix = "good."
         self.good = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        self.best = Standing(*state["best"].tolist()) if len(state["best"]) else None
         if bool(state["rolled_back"]):
             self._climb_longer()
 

@@ -45,10 +45,18 @@ class Craft:
         return output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
 
     def begin(self, x: Tensor, threat: LpBall) -> Tensor:
-        """Return where an ascent starts: at what is kept, or at a random member of the threat."""
-        if self.start is not None:
-            return x + threat.project(self.start, x)
-        return x + threat.sample(x, _tensor.keys(self.keys, x))
+        """Return where an ascent starts: at what is kept, or at a random member of the threat.
+
+        At random too where zero is kept, as before a sample's first visit: at x itself an
+        objective such as a divergence from f(x) has no slope.
+        """
+        keys = _tensor.keys(self.keys, x)
+        if self.start is None:
+            return x + threat.sample(x, keys)
+        delta, kept = threat.project(self.start, x), self.start.flatten(1).any(1)
+        if not bool(kept.all()):
+            delta = torch.where(kept.view(-1, *[1] * (x.dim() - 1)), delta, threat.sample(x, keys))
+        return x + delta
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,9 @@ from robustlearn.errors import InputError
 
 
 class Memory:
-    """δ of each sample, in half precision, in memory or in a file; zero until it is first put.
+    """δ of each sample as bfloat16, in memory or in a file; zero until it is first put.
+
+    bfloat16 has the range of float32, whatever the units of x, and 8 bits of precision.
 
     Parameters
     ----------
@@ -28,10 +30,10 @@ class Memory:
             raise InputError(f"perturbations are kept of at least one sample; got {samples}")
         size = (samples, *shape)
         if file is None:
-            self.kept = torch.zeros(size, dtype=torch.float16)
-        else:
-            mapped = np.lib.format.open_memmap(file, mode="w+", dtype=np.float16, shape=size)
-            self.kept = torch.from_numpy(mapped)
+            self.kept = torch.zeros(size, dtype=torch.bfloat16)
+        else:  # numpy has no bfloat16
+            mapped = np.lib.format.open_memmap(file, mode="w+", dtype=np.int16, shape=size)
+            self.kept = torch.from_numpy(mapped).view(torch.bfloat16)
 
     def get(self, index: Tensor, like: Tensor) -> Tensor:
         """Return the perturbations (n, *shape) of some samples, of dtype and device of ``like``."""
@@ -39,4 +41,4 @@ class Memory:
 
     def put(self, index: Tensor, delta: Tensor) -> None:
         """Keep the perturbations of some samples."""
-        self.kept[index.cpu()] = delta.detach().to("cpu", torch.float16)
+        self.kept[index.cpu()] = delta.detach().to("cpu", torch.bfloat16)

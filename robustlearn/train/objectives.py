@@ -13,7 +13,15 @@ from torch.nn import functional
 
 from robustlearn import _tensor, losses
 from robustlearn.errors import InputError
-from robustlearn.registry import Registry, parsed
+from robustlearn.registry import (
+    COUNT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Range,
+    Registry,
+    check_options,
+    parsed,
+)
 from robustlearn.threats import LpBall
 from robustlearn.train.inner import Craft, Divergence, ascend, evaluating
 
@@ -84,7 +92,14 @@ class Criterion:
         return losses.squared_error.look(output, y.to(output.dtype))
 
 
-OWN = ("steps", "step_size", "noise", "beta", "weight", "width")  # options of objectives
+OWN = {  # options of objectives
+    "steps": COUNT,
+    "step_size": POSITIVE,
+    "noise": NOT_NEGATIVE,
+    "beta": NOT_NEGATIVE,
+    "weight": NOT_NEGATIVE,
+    "width": POSITIVE,
+}
 CROSS_ENTROPY, PLAIN = Criterion(), Craft()
 
 
@@ -109,18 +124,15 @@ def options_of(text: str) -> tuple[str, dict[str, Any]]:
     name, options = parsed(text)
     known = inspect.signature(OBJECTIVES[name].function).parameters
     own = [key for key in known if key in OWN]
-    for key, value in options.items():
+    for key in options:
         if key not in own:
             raise InputError(f"{name} has no option {key!r}; it has {', '.join(own) or 'none'}")
-        whole = key == "steps"
-        if not isinstance(value, int if whole else int | float) or not 0 <= value < math.inf:
-            kind = "a whole number" if whole else "a number"
-            raise InputError(f"{name}: {key} must be {kind}, at least 0; got {value!r}")
+    check_options(name, options, OBJECTIVES[name].facts["ranges"])
     return name, options
 
 
 def objective(
-    *, classes_only: bool = False, single_step: bool = False, replays: int = 1
+    *, classes_only: bool = False, single_step: bool = False, replays: int = 1, **ranges: Range
 ) -> Callable[[Function], Function]:
     """File a function as an objective.
 
@@ -130,6 +142,7 @@ def objective(
     single_step : whether its adversary takes one step from a random point, and so may be fooled
         by a network whose gradient is masked (catastrophic overfitting).
     replays : how often each mini-batch is played, with its perturbations kept.
+    ranges : of options that are not those in ``OWN``.
     """
 
     def decorate(function: Function) -> Function:
@@ -145,6 +158,7 @@ def objective(
             classes_only=classes_only,
             single_step=single_step,
             replays=replays,
+            ranges={**OWN, **ranges},
         )(run)
         return run  # type: ignore[return-value]
 
@@ -293,7 +307,7 @@ def pgd_at(
     return _told(criterion(output, y), points, output, y, criterion)
 
 
-@objective()
+@objective(weight=Range(0, 1, "[]"))
 def adversarial_cross_entropy(
     model: nn.Module,
     x: Tensor,

@@ -1,5 +1,6 @@
 """From a fragile network to a robust one: data, game, loop, and the figure at the end."""
 
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,8 @@ from robustlearn import _tensor
 from robustlearn.errors import InputError
 from robustlearn.evaluate import Report, evaluate
 from robustlearn.loop import History, Moment, Samples, play
-from robustlearn.models import wrap
+from robustlearn.models import check_range, wrap
+from robustlearn.registry import NOT_NEGATIVE, POSITIVE, check_options
 from robustlearn.report import write_training
 from robustlearn.threats import LpBall
 from robustlearn.train.game import RobustGame
@@ -44,9 +46,9 @@ class TrainingResult:
     report: Report | None
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def save(self, folder: str | Path) -> Path:
-        """Write training.json and training.html, and the report of the evaluation beside it."""
-        document = {
+    def document(self) -> dict[str, Any]:
+        """Return what training did as plain data: what is in training.json."""
+        return {
             "model": type(self.model).__name__,
             "settings": self.settings,
             "rows": self.history.rows,
@@ -54,9 +56,12 @@ class TrainingResult:
             "stopped": self.history.stopped,
             "evaluated": self.report is not None,
         }
+
+    def save(self, folder: str | Path) -> Path:
+        """Write training.json and training.html, and the report of the evaluation beside it."""
         if self.report is not None:
             self.report.save(folder)
-        return write_training(document, Path(folder))
+        return write_training(self.document(), Path(folder))
 
     def __str__(self) -> str:
         rows, best = self.history.rows, self.history.best
@@ -111,7 +116,7 @@ def fit(
     ramp : share of the steps during which ε grows to its full size; without it training at a
         large ε may stay at chance.
     memory : whether each sample's perturbation of the epoch before is where the next ascent
-        starts; a folder or file name keeps them on disk. Not with augmentation.
+        starts; the name of a file keeps them on disk, for one process. Not with augmentation.
     awp : γ of the adversarial weight perturbation; 0 for none.
     criterion : ``"cross_entropy"``, ``"squared"``, ``"huber"`` or a `Criterion`; by default the
         first for whole labels and the second for others.
@@ -138,6 +143,9 @@ def fit(
     True
     """
     name, chosen = options_of(objective)
+    numbers = {"lr": lr, "weight_decay": weight_decay, "awp": awp}
+    check_options("fit", numbers, dict.fromkeys(numbers, NOT_NEGATIVE) | {"lr": POSITIVE})
+    _check_rollback(on_overfitting, validation, options.get("ema"))
     if OBJECTIVES[name].facts["replays"] > 1 and options.get("accumulate", 1) > 1:
         raise InputError(f"{name} steps after each replay, and cannot accumulate: accumulate=1")
     if isinstance(threat.eps, Tensor):
@@ -152,11 +160,13 @@ def fit(
         threat=threat,
         criterion=_criterion(criterion, samples),
         ramp=_share("ramp", ramp),
-        memory=_memory(memory, samples, name, out),
+        memory=_memory(memory, samples, name),
         awp=awp,
+        guarded=on_overfitting == "rollback",
     )
-    watch = None if held is None else _Watch(game, *held, on_overfitting, seed)
-    game.guarded = on_overfitting == "rollback"
+    if game.criterion.classifies:
+        _check_labels(net, samples)
+    watch = None if held is None else _Watch(game, *held, seed)
     settings = {
         "objective": objective,
         "threat": str(threat),
@@ -188,7 +198,7 @@ def fit(
         judged = wrap(net, task="classification" if game.criterion.classifies else "regression")
         report = evaluate(judged, *held, threat, attacks=attacks, seed=seed, data="held out")
     result = TrainingResult(net.eval(), history, report, settings)
-    if out is not None:
+    if out is not None and history.first:
         result.save(out)
     return result
 
@@ -196,13 +206,8 @@ def fit(
 class _Watch:
     """Validates each epoch, and looks for catastrophic overfitting."""
 
-    def __init__(self, game: RobustGame, x: Tensor, y: Tensor, policy: str, seed: int) -> None:
-        if policy not in ON_OVERFITTING:
-            raise InputError(
-                f"on_overfitting is one of {', '.join(ON_OVERFITTING)}; got {policy!r}"
-            )
-        self.game, self.x, self.y, self.policy, self.seed = game, x, y, policy, seed
-        self.best: Standing | None = None
+    def __init__(self, game: RobustGame, x: Tensor, y: Tensor, seed: int) -> None:
+        self.game, self.x, self.y, self.seed = game, x, y, seed
 
     def __call__(self, modules: Mapping[str, nn.Module]) -> dict[str, float]:
         """Return the figures of an epoch."""
@@ -210,11 +215,11 @@ class _Watch:
         device = next(net.parameters()).device
         x, y = self.x.to(device), self.y.to(device)
         found = validate(net, x, y, self.game.threat, seed=self.seed)
-        if found.overfitted(self.best):
+        best = self.game.best
+        if found.overfitted(best):
             self._overfitted(found)
-        if self.best is None or found.robust > self.best.robust:
-            self.best = found
-            self.game.remember()
+        if best is None or found.robust > best.robust:
+            self.game.remember(found)
         return {"clean": found.clean, "single": found.single, "robust": found.robust}
 
     def _overfitted(self, found: Standing) -> None:
@@ -222,7 +227,7 @@ class _Watch:
             f"catastrophic overfitting: {found.single:.1%} stand after a single step, "
             f"{found.robust:.1%} after an attack of several and a search without gradients"
         )
-        if self.policy == "rollback" and self.game.roll_back():
+        if self.game.roll_back():
             warnings.warn(f"{said}; back to the best weights, with more steps", stacklevel=2)
         else:
             warnings.warn(f"{said}; use more steps, or on_overfitting='rollback'", stacklevel=2)
@@ -285,13 +290,34 @@ def _criterion(chosen: Criterion | str | None, samples: Samples) -> Criterion:
     return Criterion("squared" if torch.as_tensor(y).is_floating_point() else "cross_entropy")
 
 
-def _memory(
-    wanted: bool | str | Path, samples: Samples, objective: str, out: str | Path | None
-) -> Memory | None:
+def _check_rollback(policy: str, validation: Any, ema: float | None) -> None:
+    if policy not in ON_OVERFITTING:
+        raise InputError(f"on_overfitting is one of {', '.join(ON_OVERFITTING)}; got {policy!r}")
+    if policy == "rollback" and validation is None:
+        raise InputError("on_overfitting='rollback' needs validation, which tells of overfitting")
+    if policy == "rollback" and ema is not None:
+        raise InputError(
+            "on_overfitting='rollback' returns to single weights, not to their mean: leave out ema"
+        )
+
+
+def _check_labels(net: nn.Module, samples: Samples) -> None:
+    """Raise an InputError unless the labels that are in memory are classes of the network."""
+    model = wrap(net, task="classification")
+    x, _ = next(samples.fetch([torch.tensor([0])], 0, 0))
+    with model.session(), torch.no_grad():
+        model(x)
+    for labels in samples.labels():
+        check_range(model, labels)
+
+
+def _memory(wanted: bool | str | Path, samples: Samples, objective: str) -> Memory | None:
     if wanted is False or objective in ("standard", "free", "n_fgsm"):
         return None
     if samples.augment is not None:
         raise InputError("kept perturbations belong to unchanged samples: memory=False to augment")
     x, _ = next(samples.fetch([torch.tensor([0])], 0, 0))
     file = None if wanted is True else Path(wanted)
-    return Memory(sum(samples._lengths), tuple(x.shape[1:]), file)
+    if file is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("several processes cannot keep perturbations in one file: memory=True")
+    return Memory(samples.numbered, tuple(x.shape[1:]), file)

@@ -1,15 +1,22 @@
 """What held-out samples say of a network in training: clean, under one step, and under attack."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from robustlearn.attacks import ATTACKS
+from robustlearn.loop.randomness import keys
 from robustlearn.models import Model, wrap
 from robustlearn.threats import LpBall
 
 CLIMBS, QUERIES = 15, 50  # gradients of the climb, and outputs of the search after it
+ATTACKED: tuple[tuple[str, dict[str, Any]], ...] = (  # one after the other, on what stands
+    ("pgd", {"steps": 1, "step_size": 1.25, "schedule": "constant"}),
+    ("apgd", {"steps": CLIMBS}),
+    ("square", {"queries": QUERIES}),
+)
 CHUNK = 500  # samples a batch
 LOST, APART = 0.5, 0.5  # see `overfitted`
 
@@ -62,38 +69,35 @@ def validate(net: nn.Module, x: Tensor, y: Tensor, threat: LpBall, *, seed: int 
     sums = torch.zeros(3, dtype=torch.float64)
     with model.session(), torch.no_grad():
         model.settle(x[:CHUNK], y[:CHUNK])
-        for number, rows in enumerate(torch.arange(len(x), device=x.device).split(CHUNK)):
-            sums += _measured(model, x[rows], y[rows], threat.select(rows), seed + number)
+        for rows in torch.arange(len(x), device=x.device).split(CHUNK):
+            drawn = keys(seed, "validation", 0, rows)
+            sums += _measured(model, x[rows], y[rows], threat.select(rows), drawn)
     clean, single, robust = (sums / len(x)).tolist()
     return Standing(clean, min(clean, single), min(clean, single, robust))
 
 
-def _measured(model: Model, x: Tensor, y: Tensor, threat: LpBall, seed: int) -> Tensor:
+def _measured(model: Model, x: Tensor, y: Tensor, threat: LpBall, drawn: Tensor) -> Tensor:
     """Return the sums of what is right: clean, after a step, after the attack."""
     if model.task == "regression":
-        return -_errors(model, x, y, threat, seed)
-    standing = _right(model, x, y)
-    sums = [standing.sum()]
-    x, y, threat = x[standing], y[standing], threat.select(standing.nonzero().squeeze(1))
-    for name, options in (
-        ("pgd", {"steps": 1, "step_size": 1.25, "schedule": "constant"}),
-        ("apgd", {"steps": CLIMBS}),
-        ("square", {"queries": QUERIES}),
-    ):
-        if len(x):
-            points = ATTACKS[name].function(model, x, y, threat, generator=seed, **options)
-            held = _right(model, points, y)
-            x, y, threat = x[held], y[held], threat.select(held.nonzero().squeeze(1))
-        sums.append(torch.as_tensor(len(x)))
-    return torch.stack([torch.as_tensor(int(s)) for s in (sums[0], sums[1], sums[3])]).double()
+        return -_errors(model, x, y, threat, drawn)
+    left = _right(model, x, y).nonzero().squeeze(1)
+    standing = [len(left)]
+    for name, options in ATTACKED:
+        if len(left):
+            own, there = {"generator": drawn[left], **options}, threat.select(left)
+            points = ATTACKS[name].function(model, x[left], y[left], there, **own)
+            left = left[_right(model, points, y[left])]
+        standing.append(len(left))
+    clean, single, _, robust = standing
+    return torch.tensor([clean, single, robust], dtype=torch.float64)
 
 
-def _errors(model: Model, x: Tensor, y: Tensor, threat: LpBall, seed: int) -> Tensor:
+def _errors(model: Model, x: Tensor, y: Tensor, threat: LpBall, drawn: Tensor) -> Tensor:
     """Return the sums of squared errors: clean, after a step, after the attack."""
     points = [
         x,
         ATTACKS["fgsm"].function(model, x, y, threat),
-        ATTACKS["pgd"].function(model, x, y, threat, steps=CLIMBS, restarts=2, generator=seed),
+        ATTACKS["pgd"].function(model, x, y, threat, steps=CLIMBS, restarts=2, generator=drawn),
     ]
     return torch.stack([(model(p).reshape(-1) - y).double().square().sum().cpu() for p in points])
 
