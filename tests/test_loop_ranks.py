@@ -54,6 +54,14 @@ def test_two_sides_in_processes_are_those_of_one(found):
             torch.testing.assert_close(part["duel"][name], value, rtol=1e-4, atol=1e-5)
 
 
+def test_perturbed_weights_in_processes_are_those_of_one(found):
+    """The adversary climbs the mean over the samples of all processes."""
+    expected = games.perturbed()
+    for part in found[0]:
+        for name, value in expected.items():
+            torch.testing.assert_close(part["perturbed"][name], value, rtol=1e-4, atol=1e-5)
+
+
 def test_a_run_of_processes_that_is_resumed_ends_with_equal_weights(found):
     """With batch norm, whose statistics are those of each part, dropout, average and memory."""
     parts, folder = found
