@@ -1,7 +1,7 @@
 """The training loop against bare loops, closed forms, and itself after a kill."""
 
 import doctest
-import importlib
+import importlib.util
 import itertools
 import json
 import math
@@ -448,14 +448,54 @@ def test_a_header_that_was_changed_is_damage(tmp_path):
     [
         ({"epochs": 4}, "epochs was 3, is 4"),
         ({"seed": 6}, "seed was 5, is 6"),
-        ({"settings": {"eps": 0.2}}, "settings was"),
-        ({"game": Noisy()}, "modules was.*optimizers was"),
+        ({"settings": {"eps": 0.2, "of": "x"}}, r"run \(settings.eps was 0.1, is 0.2\): ask"),
+        ({"game": Noisy()}, r"optimizers.model.0 was \"Adam\", is \"SGD\".*; \d+ more\)"),
+        (
+            {"game": Noisy(**{**games.DEEP, "dropout": 0.3})},
+            r"parts.3 was .Dropout.p=0.2.*, is .Dropout.p=0.3",
+        ),
     ],
 )
 def test_another_run_is_refused(tmp_path, changes, said):
-    train(tmp_path, settings={"eps": 0.1})
+    settings = {"eps": 0.1, "of": "x"}
+    train(tmp_path, settings=settings)
     with pytest.raises(InputError, match=said):
-        train(tmp_path, resume=True, **{"settings": {"eps": 0.1}, **changes})
+        train(tmp_path, resume=True, **{"settings": settings, **changes})
+
+
+CODE = """
+from torch import nn
+
+class Net(nn.Sequential):
+    def forward(self, x):
+        {comment}
+        return super().forward({factor} * x)
+"""
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_a_network_with_other_code_is_refused(tmp_path, factor):
+    """Of equal shapes; what is only said differently may go on."""
+
+    def game(**code):
+        path = tmp_path / f"net{code['factor']}{len(code['comment'])}.py"
+        path.write_text(CODE.format(**code))
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        made = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = made
+        spec.loader.exec_module(made)
+        return Plain(net=made.Net(*network()))
+
+    given = {"epochs": 1, "batch_size": 8, "out": tmp_path / "run"}
+    play(game(factor=1, comment="# one"), samples(), **given)
+    again = game(factor=factor, comment="# what is only said")
+    if factor == 1:
+        assert play(again, samples(), resume=True, **given).stopped == "finished"
+    else:
+        with pytest.raises(
+            InputError, match=r"\(modules.model.parts.network was \"Net \w{8}\", is"
+        ):
+            play(again, samples(), resume=True, **given)
 
 
 def test_other_data_is_refused(tmp_path):
