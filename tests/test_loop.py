@@ -155,6 +155,44 @@ def test_reduced_precision_trains_and_keeps_float32_weights():
         assert rows[-1]["metrics"]["loss"] < rows[0]["metrics"]["loss"], precision
 
 
+class Images(Plain):
+    """Cross-entropy of a convolutional network with batch norm, and how its tensors lay."""
+
+    def __init__(self):
+        with torch.random.fork_rng([], device_type="cpu"):
+            torch.manual_seed(0)
+            conv, norm, linear = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Linear(144, 3)
+        super().__init__(net=nn.Sequential(conv, norm, nn.ReLU(), nn.Flatten(), linear))
+        self.innermost = set()
+
+    def step(self, batch, turn):
+        for values in (batch.x, self.modules["model"][0].weight):
+            self.innermost.add(values.is_contiguous(memory_format=torch.channels_last))
+        return super().step(batch, turn)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize(
+    "switch", ["channels_last", "pin_memory", pytest.param("compile", marks=pytest.mark.slow)]
+)
+def test_a_switch_for_speed_changes_no_weight(tmp_path, switch):
+    x = torch.randn(N, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    y, given = samples()[1], {"epochs": 2, "batch_size": 8}
+    bare, fast = Images(), Images()
+    play(bare, (x, y), **given)
+    play(fast, (x, y), **given, **{switch: True})
+    for name, value in bare.weights.items():
+        torch.testing.assert_close(fast.weights[name], value, rtol=1e-4, atol=1e-5)
+    assert bare.innermost == {False}
+    assert fast.innermost == {switch == "channels_last"}
+    more = {**given, "out": tmp_path, "save_every": 0.0, switch: True}
+    with pytest.raises(Fall):
+        play(Images(), (x, y), progress=stop_at(7), **more)
+    resumed = Images()
+    play(resumed, (x, y), resume=True, **more)
+    assert equal(resumed.weights, fast.weights)
+
+
 def test_fp16_halves_its_scale_until_the_gradient_is_finite():
     """2¹⁶·1e4/8 overflows float16, 2⁵·1e4/8 does not: 11 updates are left out, no rate changes."""
 

@@ -29,6 +29,7 @@ class Options:
     seed: int
     precision: str
     compile: bool
+    channels_last: bool
     accumulate: int
     ema: float | None
     clip: float | None
