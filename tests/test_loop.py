@@ -5,11 +5,14 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import random
 import resource
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import games
 import numpy as np
@@ -592,6 +595,20 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file/run cannot be made"):
         train(tmp_path / "file" / "run")
+
+
+def test_a_folder_that_cannot_be_written_to_is_named():
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o555)
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(65534)  # root writes everywhere
+        with pytest.raises(InputError, match=r"could not be written .Permission denied"):
+            train(folder)
+    finally:
+        os.seteuid(user)
+        folder.rmdir()
 
 
 def spoil(*numbers):
