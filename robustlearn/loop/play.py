@@ -216,8 +216,7 @@ class _Run:
             last = at.step == group + len(inside) - 1
             self._turn(index, x, y, sizes[at.step], sum(inside), last)
             at.step += 1
-            if self.progress is not None and self.ranks.first:
-                self.progress(Moment(at.epoch, at.step, self.steps, self.meter.means))
+            self._tell()
             if last and time.perf_counter() - self.saved >= self.save_every:
                 self._save()
 
@@ -316,6 +315,7 @@ class _Run:
         self._judge(figures)
         at.rows.append(row)
         self.ranks.log(row)
+        self._tell(figures)
         at.epoch, at.step, at.seconds = at.epoch + 1, 0, 0.0
         guard.skipped = guard.updates = 0
         self.meter, self.started = Meter(), time.perf_counter()
@@ -326,6 +326,11 @@ class _Run:
             at.stopped = "finished"
         if at.stopped or time.perf_counter() - self.saved >= self.save_every:
             self._save()
+
+    def _tell(self, figures: Mapping[str, float] | None = None) -> None:
+        if self.progress is not None and self.ranks.first:
+            at = self.position
+            self.progress(Moment(at.epoch, at.step, self.steps, self.meter.means, figures))
 
     def _validated(self) -> dict[str, float]:
         if self.validate is None:
