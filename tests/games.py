@@ -14,9 +14,10 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from torch.nn import functional as F
 
+import robustlearn as rl
 from robustlearn import _tensor
 from robustlearn.errors import InputError
-from robustlearn.loop import checkpoint, play
+from robustlearn.loop import checkpoint, play, sharded
 from robustlearn.threats import LpBall
 from robustlearn.train.game import RobustGame
 
@@ -127,13 +128,16 @@ def duel():
     return {f"{n}.{k}": v for n, side in history.weights.items() for k, v in side.items()}
 
 
-def perturbed():
-    """Return the weights after training against an adversary who moves weights too."""
+def robust(awp=0.0, **options):
+    """Return the weights after training against an adversary, who may move weights too."""
     net = network()
     optimizers = {"model": torch.optim.SGD(net.parameters(), 0.2)}
     ball = LpBall(2, 0.3)
-    game = RobustGame({"model": net}, optimizers, "pgd_at", {"steps": 2}, ball, awp=0.3)
-    return play(game, samples(), epochs=3, batch_size=8, timeout=60).weights["model"]
+    game = RobustGame({"model": net}, optimizers, "pgd_at", {"steps": 2}, ball, awp=awp)
+    history = play(game, samples(), epochs=3, batch_size=8, timeout=60, **options)
+    assert history.weights["model"].keys() == net.state_dict().keys()
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in history.weights["model"].items())
+    return history.weights["model"]
 
 
 CASES = {
@@ -161,13 +165,55 @@ def ranks(folder):
         history, weights = train(game=Noisy(), timeout=60, **options)
         found[case] = {"weights": weights, "rows": plain(history)}
         found[case] |= {"best": history.best, "stopped": history.stopped}
-    found["duel"], found["perturbed"] = duel(), perturbed()
+    found["duel"], found["perturbed"] = duel(), robust(awp=0.3)
     history, found["whole"] = train(game=Noisy(**DEEP))
     found["whole rows"] = plain(history)
     with contextlib.suppress(KeyboardInterrupt):
         train(folder / "run", game=Stopping(**DEEP), save_every=0.0)
     history, found["resumed"] = train(folder / "run", game=Noisy(**DEEP), resume=True)
     found["resumed rows"] = plain(history)
+    torch.save(found, folder / f"rank{os.environ['RANK']}")
+
+
+def fitted(**options):
+    """Return the weights of a network that `fit` has trained, validated and evaluated."""
+    net = network()
+    given = {"epochs": 3, "batch_size": 8, "attacks": "fgsm", "on_overfitting": "rollback"}
+    result = rl.fit(net, samples(), LpBall(2, 0.3), validation=0.2, **given, **options)
+    assert len(result.report.samples) == N // 5
+    return {name: value.clone() for name, value in net.state_dict().items()}
+
+
+class Measured(Noisy):
+    """A game that notes how many numbers of its weights are in this process."""
+
+    def step(self, batch, turn):
+        self.held = sum(sharded.local(p).numel() for p in self.modules["model"].parameters())
+        return super().step(batch, turn)
+
+
+def parts(folder):
+    """Train with a part of each weight in each process, blocks gathered one by one."""
+    sharded.LARGE = 10
+    found = {"robust": robust(shard=True), "fitted": fitted(shard=True)}
+    for case, options in CASES.items():
+        history, weights = train(game=Noisy(), timeout=60, shard=True, **options)
+        found[case] = {"weights": weights, "rows": plain(history)}
+        found[case] |= {"best": history.best, "stopped": history.stopped}
+    game = Measured(**DEEP)
+    _, found["whole"] = train(game=game, shard=True)
+    found["held"] = game.held
+    with contextlib.suppress(KeyboardInterrupt):
+        train(folder / "run", game=Stopping(**DEEP), save_every=0.0, shard=True)
+    _, found["resumed"] = train(folder / "run", game=Noisy(**DEEP), resume=True, shard=True)
+    for refused in ({"compile": True}, {"channels_last": True}):
+        with contextlib.suppress(InputError):
+            train(game=Noisy(), shard=True, **refused)
+            raise AssertionError(refused)
+    try:
+        robust(awp=0.3, shard=True)
+    except InputError as error:
+        found["awp"] = str(error)
     torch.save(found, folder / f"rank{os.environ['RANK']}")
 
 
@@ -260,7 +306,7 @@ def faked(folder):
     torch.save(found, folder / "found")
 
 
-SCRIPTS = {"faked": faked, "ranks": ranks, "failing": failing}
+SCRIPTS = {"faked": faked, "ranks": ranks, "parts": parts, "failing": failing}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

@@ -33,10 +33,16 @@ def found(request, tmp_path_factory):
     return [torch.load(folder / f"rank{rank}") for rank in range(request.param)], folder / "run"
 
 
-@pytest.mark.parametrize("case", games.CASES)
-def test_processes_give_the_weights_of_one(found, case):
-    """37 samples in batches of up to 8 are 8 + 8 + 7 + 7 + 7, in unequal parts."""
-    parts = [part[case] for part in found[0]]
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """What each of two processes found that hold a part of each weight."""
+    folder = tmp_path_factory.mktemp("parts")
+    done = launch(2, "parts", folder)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"rank{rank}") for rank in range(2)]
+
+
+def check_equal_to_one(parts, case):
     history, expected = train(game=Noisy(), **games.CASES[case])
     for part in parts:
         for name, value in expected.items():
@@ -45,6 +51,32 @@ def test_processes_give_the_weights_of_one(found, case):
         assert (part["best"], part["stopped"]) == (history.best, history.stopped)
     for row, one in zip(parts[0]["rows"], plain(history), strict=True):
         assert row["metrics"] == pytest.approx(one["metrics"], rel=1e-4)
+
+
+@pytest.mark.parametrize("case", games.CASES)
+def test_processes_give_the_weights_of_one(found, case):
+    """37 samples in batches of up to 8 are 8 + 8 + 7 + 7 + 7, in unequal parts."""
+    check_equal_to_one([part[case] for part in found[0]], case)
+
+
+@pytest.mark.parametrize("case", games.CASES)
+def test_weights_held_in_parts_are_those_of_one_process(parts, case):
+    check_equal_to_one([part[case] for part in parts], case)
+
+
+def test_weights_held_in_parts_are_attacked_and_resumed(parts):
+    expected = {"robust": games.robust(), "fitted": games.fitted()}
+    for part in parts:
+        for work, weights in expected.items():
+            for name, value in weights.items():
+                torch.testing.assert_close(part[work][name], value, rtol=1e-4, atol=1e-5)
+        for name, value in part["whole"].items():
+            assert torch.equal(part["resumed"][name], value), name
+            assert torch.equal(parts[0]["whole"][name], value), name
+        assert "without awp" in part["awp"]
+    numbers = sum(p.numel() for p in games.network(norm=True).parameters())
+    assert sum(part["held"] for part in parts) == numbers
+    assert max(part["held"] for part in parts) < 0.6 * numbers
 
 
 def test_two_sides_in_processes_are_those_of_one(found):
@@ -56,7 +88,7 @@ def test_two_sides_in_processes_are_those_of_one(found):
 
 def test_perturbed_weights_in_processes_are_those_of_one(found):
     """The adversary climbs the mean over the samples of all processes."""
-    expected = games.perturbed()
+    expected = games.robust(awp=0.3)
     for part in found[0]:
         for name, value in expected.items():
             torch.testing.assert_close(part["perturbed"][name], value, rtol=1e-4, atol=1e-5)

@@ -263,6 +263,9 @@ def train(
     pin_memory: Annotated[
         bool, typer.Option("--pin-memory", help="Fetch batches from page-locked memory.")
     ] = False,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="A part of each weight in each process (FSDP).")
+    ] = False,
     accumulate: Annotated[int, typer.Option(min=1, help="Batches a gradient is the mean of.")] = 1,
     clip: Annotated[float | None, typer.Option(help="Largest norm of a gradient.")] = None,
     validation: Annotated[float, typer.Option(help="Share held out to choose the epoch.")] = 0.1,
@@ -319,6 +322,7 @@ def train(
             compile=compile,
             channels_last=channels_last,
             pin_memory=pin_memory,
+            shard=shard,
             accumulate=accumulate,
             clip=clip,
             patience=patience,

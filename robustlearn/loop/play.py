@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from robustlearn.errors import InputError
-from robustlearn.loop import checkpoint, randomness
+from robustlearn.loop import checkpoint, randomness, sharded
 from robustlearn.loop.history import History, Meter, Moment
 from robustlearn.loop.options import Options
 from robustlearn.loop.ranks import Ranks
@@ -43,6 +43,7 @@ def play(
     compile: bool = False,
     channels_last: bool = False,
     pin_memory: bool = False,
+    shard: bool = False,
     accumulate: int = 1,
     ema: float | None = None,
     clip: float | None = None,
@@ -82,6 +83,9 @@ def play(
         a lower precision are fastest; batch and weights keep their shapes.
     pin_memory : copy each batch to page-locked memory first, so that training does not wait while
         an accelerator fetches it; without an effect on the CPU.
+    shard : hold a part of each weight, gradient and optimiser state in each process (FSDP), where
+        one device cannot hold them all; so too if Accelerate is configured for FSDP. Attacks then
+        gather weights with every pass, and validation runs in step in all processes.
     accumulate : batches over which a gradient is the mean; updates happen after the last of them.
     ema : decay of a running mean of the weights, which is then validated and kept.
     clip : the largest Euclidean norm of a gradient.
@@ -134,7 +138,7 @@ def play(
     options.check(game, validated=validate is not None)
     asked = {**options.asked(game, drawn), "settings": dict(settings or {})}
     record = None if out is None else Record(Path(out), asked)
-    ranks = Ranks(timeout=timeout, trackers=trackers, out=out, pin_memory=pin_memory)
+    ranks = Ranks(timeout=timeout, trackers=trackers, out=out, pin_memory=pin_memory, shard=shard)
     with randomness.kept(ranks.device), ranks.tracked(asked):
         run = _Run(game, drawn, options, ranks, record, save_every, validate, progress)
         run.begin(resume)
@@ -171,6 +175,7 @@ class _Run:
             for name, module in game.modules.items()
         }
         self.modes = {part: part.training for m in game.modules.values() for part in m.modules()}
+        game.modules.update({name: side.module for name, side in self.sides.items()})
         scale = FP16_SCALE if options.precision == "fp16" else 1.0
         self.guard = Guard(options.on_nonfinite, options.precision, self._keep_batch, scale=scale)
         self.position, self.meter = Position(), Meter()
@@ -200,6 +205,9 @@ class _Run:
                 side.module.train()
             self._epoch()
             self._close()
+        for name, side in self.sides.items():
+            side.close()
+            self.game.modules[name] = side.given
         for part, mode in self.modes.items():
             part.training = mode
         at = self.position
@@ -217,7 +225,7 @@ class _Run:
             self._turn(index, x, y, sizes[at.step], sum(inside), last)
             at.step += 1
             self._tell()
-            if last and time.perf_counter() - self.saved >= self.save_every:
+            if last and self._due():
                 self._save()
 
     def _turn(
@@ -324,7 +332,7 @@ class _Run:
             at.stopped = "patience"
         elif at.epoch >= self.options.epochs:
             at.stopped = "finished"
-        if at.stopped or time.perf_counter() - self.saved >= self.save_every:
+        if self._due() or at.stopped:
             self._save()
 
     def _tell(self, figures: Mapping[str, float] | None = None) -> None:
@@ -352,7 +360,7 @@ class _Run:
             return
         at.best, at.value = at.epoch, -math.inf if math.isnan(value) else value
         self.best = {
-            name: {key: checkpoint.owned(v) for key, v in side.judged.state_dict().items()}
+            name: {key: checkpoint.owned(v) for key, v in sharded.weights(side.judged).items()}
             for name, side in self.sides.items()
         }
         if self.record is not None and self.ranks.first:
@@ -365,13 +373,16 @@ class _Run:
             raise InputError(f"validate gave no figure {name!r}; it gave {list(figures)}")
         return figures[name]
 
+    def _due(self) -> bool:
+        return self.ranks.agreed(time.perf_counter() - self.saved >= self.save_every)
+
     def _save(self) -> None:
         """Write a checkpoint: it is the same in every process, so the first one does."""
         at, now = self.position, time.perf_counter()
         at.totals, at.guard = self.meter.read(), self.guard.state()
         at.seconds, self.started = at.seconds + now - self.started, now
-        if self.record is not None and self.ranks.first:
-            self.record.write(at, self.sides, self.best, self.game)
+        if self.record is not None and (self.ranks.first or self.ranks.sharded):
+            self.record.write(at, self.sides, self.best, self.game, first=self.ranks.first)
         self.saved = time.perf_counter()
 
     def _keep_batch(self, batch: Batch) -> str:

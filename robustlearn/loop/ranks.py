@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
 
 from robustlearn.errors import InputError
+from robustlearn.loop import sharded
 
 
 class Ranks:
@@ -29,6 +30,7 @@ class Ranks:
         trackers: Sequence[Any] = (),
         out: Any = None,
         pin_memory: bool = False,
+        shard: bool = False,
     ) -> None:
         known = {str(name) for name in get_available_trackers()}
         if missing := [t for t in trackers if isinstance(t, str) and t not in known]:
@@ -50,6 +52,8 @@ class Ranks:
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
         self.pinned = pin_memory and self.device.type != "cpu"
+        kind = self.accelerator.distributed_type.name
+        self.sharded = self.world > 1 and (shard or kind == "FSDP")
         self._check(int(os.environ.get("WORLD_SIZE", "1")))
 
     def _check(self, launched: int) -> None:
@@ -59,10 +63,10 @@ class Ranks:
                 "before; start training first, or make its Accelerator in each process"
             )
         kind = self.accelerator.distributed_type.name
-        if kind != "NO" and not kind.startswith("MULTI_"):
+        if kind not in ("NO", "FSDP") and not kind.startswith("MULTI_"):
             raise InputError(
                 f"Accelerate is configured for {kind}, which this loop does not run on; configure "
-                "it for several processes that hold a copy of the modules each (DDP)"
+                "it for several processes (DDP), or for FSDP"
             )
 
     @property
@@ -79,14 +83,23 @@ class Ranks:
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Return a module whose gradients are averaged over the processes."""
-        return module if self.world == 1 else self.accelerator.prepare_model(module)
+        if self.world == 1 or self.sharded:  # a module that is held in parts does so itself
+            return module
+        return self.accelerator.prepare_model(module)
+
+    def shared(self, module: nn.Module) -> nn.Module:
+        """Return a copy of which each process holds a part, made of the first one's weights."""
+        for value in (*module.parameters(), *module.buffers()):
+            value.data.copy_(broadcast(value.data))
+        return sharded.sharded(module, self.world)
 
     @contextlib.contextmanager
     def unsynchronised(self, modules: Iterable[nn.Module], *, when: bool) -> Iterator[None]:
         """Let gradients add up in each process, to be exchanged in a later step."""
         with contextlib.ExitStack() as stack:
             for module in modules if when and self.world > 1 else ():
-                stack.enter_context(self.accelerator.no_sync(module))
+                alone = sharded.unsynchronised if self.sharded else self.accelerator.no_sync
+                stack.enter_context(alone(module))
             yield
 
     def part(self, index: Tensor) -> Tensor:
@@ -126,6 +139,10 @@ class Ranks:
         if self.world == 1:
             return value
         return broadcast_object_list([value])[0]
+
+    def agreed(self, decision: bool) -> bool:
+        """Return a decision of this process, or of the first where all must act alike."""
+        return bool(self.told(decision)) if self.sharded else decision
 
     @contextlib.contextmanager
     def tracked(self, config: Mapping[str, Any]) -> Iterator[None]:

@@ -14,6 +14,7 @@ from robustlearn.errors import InputError
 from robustlearn.loop import checkpoint
 from robustlearn.loop.history import Row
 from robustlearn.loop.options import compare
+from robustlearn.loop.sharded import whole
 from robustlearn.loop.sides import Side
 from robustlearn.loop.turn import Game, Remembering
 
@@ -66,8 +67,16 @@ class Record:
             compare(found[1], {"version": _version(), "asked": self.asked}, str(self.folder))
         return found
 
-    def write(self, at: Position, sides: Mapping[str, Side], best: Weights, game: Game) -> None:
-        """Write a checkpoint."""
+    def write(
+        self,
+        at: Position,
+        sides: Mapping[str, Side],
+        best: Weights,
+        game: Game,
+        *,
+        first: bool = True,
+    ) -> None:
+        """Write a checkpoint, or only lend this process's parts of it to the ``first``."""
         tensors: dict[str, Tensor] = {}
         for name, side in sides.items():
             held, at.sides[name] = side.state()
@@ -75,9 +84,10 @@ class Record:
         for name, weights in best.items():
             tensors |= {f"best/{name}/{key}": value for key, value in weights.items()}
         if isinstance(game, Remembering):
-            tensors |= {f"game/{key}": value for key, value in game.state().items()}
+            tensors |= {f"game/{key}": whole(value) for key, value in game.state().items()}
         header = {"version": _version(), "asked": self.asked, "position": asdict(at)}
-        checkpoint.write(self.folder, tensors, header)
+        if first:
+            checkpoint.write(self.folder, tensors, header)
 
     def restore(
         self,

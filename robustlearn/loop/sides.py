@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from robustlearn.errors import InputError
+from robustlearn.loop import sharded
 from robustlearn.loop.checkpoint import under
 from robustlearn.loop.ranks import Ranks, layout
 
@@ -52,15 +53,23 @@ class Side:
         channels_last: bool,
         ema: float | None,
     ) -> None:
-        self.name, self.module, self.optimizer = name, module, optimizer
+        if ranks.sharded and (compiled or channels_last):
+            raise InputError("modules held in parts (shard) go without compile and channels_last")
+        self.name, self.given, self.optimizer = name, module, optimizer
         _move(module, optimizer, ranks.device, layout(channels_last, 4))
+        wanted = ema is not None and optimizer is not None
+        self.average = Average(module, ema) if wanted and ema is not None else None
+        if ranks.sharded and optimizer is not None:
+            module = ranks.shared(module)
+            sharded.rebound(optimizer, dict(self.given.named_parameters()), module)
+            if self.average is not None:
+                self.average.module = ranks.shared(self.average.module)
+        self.module = module
         # each shape is compiled for itself: what a shape computes must not depend on which came
         # first, for a resumed run begins with another one
         fast = torch.compile(module, dynamic=False) if compiled else module
         self.plain: nn.Module = fast  # type: ignore[assignment]
         self.called = ranks.wrap(self.plain) if optimizer is not None else self.plain
-        wanted = ema is not None and optimizer is not None
-        self.average = Average(module, ema) if wanted and ema is not None else None
         self.buffers = [b for b in module.buffers() if b.is_floating_point()]
         self._good = [buffer.clone() for buffer in self.buffers]
         self._moved = False
@@ -115,10 +124,10 @@ class Side:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return weights, average and optimiser as tensors, and the rest as plain values."""
-        tensors = {f"module/{key}": value for key, value in self.module.state_dict().items()}
+        tensors = {f"module/{key}": v for key, v in sharded.weights(self.module).items()}
         facts: dict[str, Any] = {}
         if self.average is not None:
-            averaged = self.average.module.state_dict()
+            averaged = sharded.weights(self.average.module)
             tensors |= {f"average/{key}": value for key, value in averaged.items()}
             facts["updates"] = self.average.updates
         if self.optimizer is not None:
@@ -128,16 +137,16 @@ class Side:
             for number, entries in given["state"].items():
                 for key, value in entries.items():
                     if isinstance(value, Tensor):
-                        tensors[f"optimizer/{number}/{key}"] = value
+                        tensors[f"optimizer/{number}/{key}"] = sharded.whole(value)
                     else:
                         facts["values"][f"{number}/{key}"] = value
         return tensors, facts
 
     def load(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Take back what `state` returned."""
-        self.module.load_state_dict(under("module/", tensors))
+        sharded.load(self.module, under("module/", tensors))
         if self.average is not None:
-            self.average.module.load_state_dict(under("average/", tensors))
+            sharded.load(self.average.module, under("average/", tensors))
             self.average.updates = facts["updates"]
         if self.optimizer is not None:
             values = {**under("optimizer/", tensors), **facts["values"]}
@@ -147,9 +156,11 @@ class Side:
 
     def _load_optimizer(self, values: dict[str, Any], groups: list[dict[str, Any]]) -> None:
         state: dict[int, dict[str, Any]] = {}
+        followed = [p for group in self._followed.param_groups for p in group["params"]]
         for path, value in values.items():
             number, key = path.split("/", 1)
-            state.setdefault(int(number), {})[key] = value
+            entries = state.setdefault(int(number), {})
+            entries[key] = sharded.held(value, followed[int(number)])
         present = self._followed.state_dict()["param_groups"]
         merged = [
             {key: _like(saved.get(key, value), value) for key, value in group.items()} | new
@@ -157,6 +168,13 @@ class Side:
             for new in [{key: saved[key] for key in saved.keys() - group.keys()}]
         ]
         self._followed.load_state_dict({"state": state, "param_groups": merged})
+
+    def close(self) -> None:
+        """Give the module that was given its weights, if a copy in parts was trained."""
+        if self.given is self.module:
+            return
+        self.given.load_state_dict(sharded.weights(self.module))
+        sharded.rebound(self._followed, dict(self.module.named_parameters()), self.given)
 
     @property
     def _followed(self) -> Optimizer:
@@ -174,19 +192,13 @@ def _move(
     """Move a module, and its optimiser where that makes new parameters of the old ones."""
     before: dict[str, Tensor] = dict(module.named_parameters())
     module.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
-    if optimizer is None:
-        return
-    moved = {before[name]: new for name, new in module.named_parameters()}
-    for group in optimizer.param_groups:
-        group["params"] = [moved.get(parameter, parameter) for parameter in group["params"]]
-    for old, new in moved.items():
-        if old is not new and old in optimizer.state:
-            optimizer.state[new] = optimizer.state.pop(old)
-    optimizer.load_state_dict(optimizer.state_dict())  # moves what it remembers
+    if optimizer is not None:
+        sharded.rebound(optimizer, before, module)
+        optimizer.load_state_dict(optimizer.state_dict())  # moves what it remembers
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
+    return [sharded.local(value) for value in (*module.parameters(), *module.buffers())]
 
 
 def plain(group: Mapping[str, Any]) -> dict[str, Any]:

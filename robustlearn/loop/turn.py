@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from robustlearn.errors import InputError
-from robustlearn.loop import randomness
+from robustlearn.loop import randomness, sharded
 from robustlearn.loop.ranks import Ranks
 from robustlearn.loop.samples import Batch
 from robustlearn.loop.sides import Side
@@ -162,7 +162,16 @@ class Turn:
         ----------
         losses : (n,), one per sample of this process's batch; their graph is used up.
         tensors : the same in all processes; None is returned for those the losses do not need.
+
+        Raises
+        ------
+        InputError where each process holds a part of them only.
         """
+        if self._ranks.sharded:
+            raise InputError(
+                "gradients of weights that are held in parts arrive with turn.backward alone: "
+                "train without shard=True, or without awp"
+            )
         factor = self._share * self._ranks.world / self._batch.total
         found = torch.autograd.grad(losses.float().sum() * factor, tensors, allow_unused=True)
         self._ranks.average([slope for slope in found if slope is not None])
@@ -188,8 +197,8 @@ class Turn:
             torch._foreach_div_(gradients, self._scale)
         norm = torch.nn.utils.get_total_norm(gradients)
         if self._compare:
-            self._check_equal(name, norm)
-        if not bool(norm.isfinite()):
+            self._check_equal(name, sharded.whole(norm))
+        if not bool(sharded.whole(norm).isfinite()):
             side.decline()
             self._guard.refuse(name, self._batch, self.number)
             return False

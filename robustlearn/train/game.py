@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from robustlearn.attacks.ascent import stepper
+from robustlearn.loop.sharded import load
 from robustlearn.threats import LpBall
 from robustlearn.train.inner import Craft
 from robustlearn.train.memory import Memory
@@ -78,7 +79,7 @@ class RobustGame:
         """Return to the weights that were kept, and to several steps; False if that is done."""
         if self.rolled_back or not self.good:
             return False
-        self.modules["model"].load_state_dict(self.good)
+        load(self.modules["model"], self.good)
         self._climb_longer()
         return True
 
