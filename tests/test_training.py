@@ -114,6 +114,14 @@ def test_trades_has_an_adversary_from_the_first_step_on(digits, memory):
     assert after.attacked.value > before.attacked.value + 0.2
 
 
+def test_a_class_without_samples_does_not_matter(digits):
+    x, y = (part[digits[1] != 3][:400] for part in digits)
+    result = fit(network(), (x, y), BALL, epochs=6, lr=3e-3, attacks="fgsm")
+    assert result.report.clean.value > 0.5
+    assert 3 not in result.report.predictions
+    assert all(row["skipped"] == 0 for row in result.history.rows)
+
+
 def test_the_figures_of_a_validation(digits):
     """Of a linear model all three are known."""
     x, y = digits[0][:200].double(), (digits[1][:200] > 4).long()
@@ -343,12 +351,16 @@ def test_two_processes_train_as_one(module, tmp_path):
             sys.executable,
             *launcher,
             "robustlearn",
-            *command(module, out, "--attacks", "none"),
+            *command(module, out, "--attacks", "fgsm"),
         ]
         subprocess.run(told, check=True, timeout=240, capture_output=True)
     one, two = (load_file(out / "model.safetensors") for out in outs)
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
+    evaluations = [json.loads((out / "report.json").read_text())["evaluations"][0] for out in outs]
+    assert [len(evaluation["samples"]) for evaluation in evaluations] == [40, 40]
+    first, second = (evaluation["attacked"]["value"] for evaluation in evaluations)
+    assert second == pytest.approx(first, abs=0.05)
 
 
 def test_the_name_is_the_function():
