@@ -32,8 +32,8 @@ class Pair:
     critic_on, generator_on : what of the critic's output each one reads: ``"scores"`` (n,),
         ``"features"`` (n, d), or ``"errors"`` (n,) of a critic that is an autoencoder.
     uses_real : whether the generator's loss depends on the real samples.
-    following : (real, fake) -> the pair of the next step, where a loss adapts itself.
-    state : what a pair that adapts itself has arrived at.
+    state, at, next_state : of a loss that adapts itself: the number it has arrived at, the pair
+        of such a number, and (real, fake) -> the number of the next step.
     """
 
     critic_loss: Function
@@ -41,8 +41,9 @@ class Pair:
     critic_on: str = "scores"
     generator_on: str = "scores"
     uses_real: bool = False
-    following: "Callable[[Tensor, Tensor], Pair] | None" = None
     state: float = 0.0
+    at: "Callable[[float], Pair] | None" = None
+    next_state: Callable[[Tensor, Tensor], float] | None = None
 
     def critic(self, real: Tensor, fake: Tensor) -> Tensor:
         """Return what the critic minimises, (n,)."""
@@ -51,6 +52,12 @@ class Pair:
     def generator(self, real: Tensor, fake: Tensor) -> Tensor:
         """Return what the generator minimises, (n,)."""
         return self.generator_loss(*_checked(real, fake, self.generator_on))
+
+    def following(self, real: Tensor, fake: Tensor) -> "Pair":
+        """Return the pair of the next step: another one only if the loss adapts itself."""
+        if self.at is None or self.next_state is None:
+            return self
+        return self.at(self.next_state(real.detach(), fake.detach()))
 
 
 def get(chosen: str | Pair) -> Pair:
@@ -271,17 +278,18 @@ def began(gamma: float = 0.5, rate: float = 1e-3, k: float = 0.0) -> Pair:
     k : where it starts.
     """
 
-    def following(real: Tensor, fake: Tensor) -> Pair:
-        step = rate * float(gamma * real.detach().mean() - fake.detach().mean())
-        return began(gamma, rate, min(max(k + step, 0.0), 1.0))
+    def next_state(real: Tensor, fake: Tensor) -> float:
+        step = rate * float(gamma * real.mean() - fake.mean())
+        return min(max(k + step, 0.0), 1.0)
 
     return Pair(
         lambda real, fake: real - k * fake,
         lambda real, fake: fake,
         critic_on="errors",
         generator_on="errors",
-        following=following,
         state=k,
+        at=lambda k: began(gamma, rate, k),
+        next_state=next_state,
     )
 
 
