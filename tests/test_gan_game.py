@@ -81,32 +81,31 @@ def duel(loss, *, lr, steps, optimizer=torch.optim.SGD, penalty="", **options):
 
 
 @pytest.mark.parametrize(
-    ("order", "optimizer", "ratio", "tolerance"),
+    ("order", "optimizer", "steps", "ratio", "tolerance"),
     [
-        ("simultaneous", torch.optim.SGD, 1.01**250, 1e-3),
-        ("alternating", torch.optim.SGD, 1.0, 0.06),
-        ("extragradient", torch.optim.SGD, (0.99**2 + 0.01) ** 250, 1e-3),
-        ("simultaneous", optimistic(torch.optim.SGD), 0.080, 1e-2),
+        ("simultaneous", torch.optim.SGD, 200, 1.01**100, 1e-3),
+        ("alternating", torch.optim.SGD, 200, 1.0, 0.06),
+        ("extragradient", torch.optim.SGD, 200, (0.99**2 + 0.01) ** 100, 1e-3),
+        ("simultaneous", optimistic(torch.optim.SGD), 500, 0.080, 1e-2),
     ],
 )
-def test_the_bilinear_game_has_its_rates(order, optimizer, ratio, tolerance):
-    """min_x max_y xy: the Wasserstein loss of a point and a slope; ‖z₅₀₀‖/‖z₀‖ at η = 0.1."""
-    way = duel("wasserstein", lr=0.1, steps=500, order=order, optimizer=optimizer)
+def test_the_bilinear_game_has_its_rates(order, optimizer, steps, ratio, tolerance):
+    """min_x max_y xy: the Wasserstein loss of a point and a slope; ‖z_T‖/‖z₀‖ at η = 0.1."""
+    way = duel("wasserstein", lr=0.1, steps=steps, order=order, optimizer=optimizer)
     assert float(way[-1].norm()) / math.sqrt(2) == pytest.approx(ratio, rel=tolerance)
 
 
 @pytest.mark.parametrize(
-    ("penalty", "verdict"),
-    [("", "circles"), ("r1:weight=1", "converges"), ("gradient_penalty:weight=0.5", "circles")],
+    ("penalty", "converges"),
+    [("", False), ("r1:weight=1", True), ("gradient_penalty:weight=0.5", False)],
 )
-def test_the_dirac_game_converges_with_r1_alone(penalty, verdict):
+def test_the_dirac_game_converges_with_r1_alone(penalty, converges):
     """Real at 0, generated at θ, D(x) = ψx (Mescheder et al. 2018)."""
-    way = duel("non_saturating", lr=0.1, steps=800, order="simultaneous", penalty=penalty)
-    tail = way[-200:].norm(dim=1)
-    if verdict == "converges":
-        assert float(tail.max()) < 1e-6
+    way = duel("non_saturating", lr=0.2, steps=250, order="simultaneous", penalty=penalty)
+    if converges:
+        assert float(way[-50:].norm(dim=1).max()) < 1e-5
     else:
-        assert float(way[-200:, 0].abs().max()) > 0.1
+        assert float(way[-50:, 0].abs().max()) > 0.1
 
 
 def test_an_unrolled_critic_bends_the_generators_gradient():
@@ -118,10 +117,10 @@ def test_an_unrolled_critic_bends_the_generators_gradient():
 
 
 def test_unrolling_stops_the_circles():
-    plain = duel("wasserstein", lr=0.1, steps=300)
-    ahead = duel("wasserstein", lr=0.1, steps=300, unroll=5)
+    plain = duel("wasserstein", lr=0.1, steps=120)
+    ahead = duel("wasserstein", lr=0.1, steps=120, unroll=5)
     assert float(plain[-1].norm()) > 0.9
-    assert float(ahead[-1].norm()) < 1e-3
+    assert float(ahead[-1].norm()) < 0.01
 
 
 # ------------------------------------------------------------------ moves
@@ -356,7 +355,7 @@ def halves(n=512):
 def test_a_conditional_generator_obeys_its_label():
     torch.manual_seed(0)
     pair = Labelled(2, 1, 2), Labelled(1, 1, 2)
-    result = fitted(*pair, data=halves(), conditional=True, epochs=25, lr=5e-3)
+    result = fitted(*pair, data=halves(), conditional=True, epochs=12, lr=1e-2)
     y = torch.tensor([0, 1]).repeat(100)
     sign = result.sample(200, y=y)[:, 0].sign()
     assert float((sign == 2 * y - 1).float().mean()) > 0.95
@@ -394,7 +393,7 @@ def test_an_auxiliary_classifier_makes_labels_count():
         torch.manual_seed(0)
         pair = Labelled(2, 1, 2), Told()
         result = fitted(
-            *pair, data=halves(), conditional=True, auxiliary=weight, epochs=25, lr=5e-3
+            *pair, data=halves(), conditional=True, auxiliary=weight, epochs=12, lr=1e-2
         )
         y = torch.tensor([0, 1]).repeat(100)
         sign = result.sample(200, y=y)[:, 0].sign()

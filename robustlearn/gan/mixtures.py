@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+LEAK = 0.2  # slope of the leaky ReLUs below 0
+
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
@@ -58,7 +60,9 @@ def perceptron(
 ) -> nn.Sequential:
     """Return ``depth`` hidden layers with leaky ReLUs; ``zero`` starts the last layer at 0.
 
-    A critic that starts at 0 asks nothing of the generator yet: both losses stand at log 2.
+    Weights are drawn so that the layers keep the size of their input (He et al. 2015): a deep
+    generator is then steep enough to leave little between modes. A critic that starts at 0 asks
+    nothing of the generator yet: both losses stand at log 2.
 
     Examples
     --------
@@ -68,7 +72,10 @@ def perceptron(
     sizes = [inputs, *[width] * depth]
     layers: list[nn.Module] = []
     for before, after in itertools.pairwise(sizes):
-        layers += [nn.Linear(before, after), nn.LeakyReLU(0.2)]
+        layer = nn.Linear(before, after)
+        nn.init.kaiming_normal_(layer.weight, a=LEAK)
+        nn.init.zeros_(layer.bias)
+        layers += [layer, nn.LeakyReLU(LEAK)]
     last = nn.Linear(sizes[-1], outputs)
     if zero:
         nn.init.zeros_(last.weight)

@@ -136,10 +136,11 @@ def fit_gan(
     Examples
     --------
     >>> from robustlearn.gan.mixtures import perceptron
-    >>> x = 0.5 * torch.randn(512, 1, generator=torch.Generator().manual_seed(0)) + 2
+    >>> _ = torch.manual_seed(0)
+    >>> x = 0.5 * torch.randn(512, 1) + 2
     >>> networks = perceptron(1, 1, width=16), perceptron(1, 1, width=16, zero=True)
-    >>> result = fit_gan(*networks, x, noise=1, epochs=30, batch_size=64, lr=5e-3)
-    >>> abs(float(result.sample(500).mean()) - 2) < 0.3
+    >>> result = fit_gan(*networks, x, noise=1, epochs=8, batch_size=64, lr=1e-2)
+    >>> abs(float(result.sample(500).mean()) - 2) < 0.5
     True
     """
     _check(optimizer, keep, critic_steps, order, options)
