@@ -116,9 +116,8 @@ def critic(method: Method) -> nn.Module:
     if pair.critic_on == "scores" and pair.generator_on == "features":
         return Featured(inputs)
     outputs = {"scores": 1, "errors": inputs, "features": 16}[pair.critic_on]
-    made = perceptron(
-        inputs, outputs, width=WIDTH, depth=DEPTH["critic"], zero=pair.critic_on == "scores"
-    )
+    zero = pair.critic_on == "scores" and not method.spectral
+    made = perceptron(inputs, outputs, width=WIDTH, depth=DEPTH["critic"], zero=zero)
     return spectral(made) if method.spectral else made
 
 
@@ -138,7 +137,6 @@ def measure(data: str, name: str, method: Method, seed: int, steps: int) -> dict
             noise=NOISE,
             loss=method.loss,
             penalty=method.penalty.format(gamma=GAMMA[data]),
-            optimizer=lambda parameters, lr: torch.optim.Adam(parameters, lr, betas=(0.5, 0.9)),
             lr=4e-3,
             schedule="cosine",
             ema=0.99,

@@ -9,6 +9,7 @@ from torch import nn
 
 from robustlearn.errors import InputError
 from robustlearn.gan import regularizers
+from robustlearn.gan.mixtures import perceptron
 from robustlearn.gan.regularizers import PENALTIES, MinibatchDiscrimination, packed, spectral
 
 KEYS = torch.arange(64)
@@ -104,7 +105,7 @@ def test_spectral_normalisation_is_that_of_the_svd():
     for i, sigma, weight in zip((0, 2), wanted, before, strict=True):
         torch.testing.assert_close(net[i].weight, weight / sigma, rtol=1e-3, atol=1e-4)
     x = torch.randn(500, 20)
-    slopes = (net(x[:250]) - net(x[250:])).abs()[:, 0] / (x[:250] - x[250:]).norm(dim=1)
+    slopes = (net(x[:250]) - net(x[250:])).detach().abs()[:, 0] / (x[:250] - x[250:]).norm(dim=1)
     assert float(slopes.max()) <= 1.001
 
 
@@ -131,6 +132,7 @@ def test_what_cannot_be_is_refused():
         (lambda: regularizers.penalties("r3"), "no penalty named"),
         (lambda: regularizers.penalties("r1:centre=1"), "no option centre"),
         (lambda: spectral(nn.ReLU()), "no linear"),
+        (lambda: spectral(perceptron(2, 1, zero=True)), "starts at 0"),
         (lambda: packed(torch.zeros(3, 1), 4), "1 to 3"),
     ):
         with pytest.raises(InputError, match=said):

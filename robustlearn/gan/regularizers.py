@@ -150,7 +150,7 @@ def spectral(module: nn.Module) -> nn.Module:
 
     Raises
     ------
-    InputError if there is no such layer.
+    InputError if there is no such layer, or one of zeros: it has nothing to be divided by.
 
     Examples
     --------
@@ -163,6 +163,8 @@ def spectral(module: nn.Module) -> nn.Module:
     found = [part for part in module.modules() if isinstance(part, LAYERS)]
     if not found:
         raise InputError(f"{type(module).__name__} has no linear or convolutional layer")
+    if any(not bool(layer.weight.any()) for layer in found):
+        raise InputError("a layer starts at 0, which no norm can be made of: start it at random")
     for layer in found:
         parametrizations.spectral_norm(layer)
     return module
