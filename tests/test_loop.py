@@ -394,8 +394,8 @@ def stop_at(number):
     """Raise at a global step, as if the machine had fallen."""
     count = iter(range(10**6))
 
-    def progress(_):
-        if next(count) == number:
+    def progress(moment):
+        if moment.validation is None and next(count) == number:
             raise Fall
 
     return progress
@@ -439,7 +439,7 @@ def test_killed_at_random_moments_it_ends_with_equal_weights(tmp_path, times, lo
     folder = tmp_path / "run"
     found = kill_and_resume(folder, times, longest)
     assert len(found) == times
-    assert len({tuple(place) for place in found}) > times // 2
+    assert len({tuple(place) for place in found}) > times // 3  # it came forward in between
     history, weights = train(folder, resume=True, **games.LONG)
     whole, expected = train(**games.LONG)
     assert equal(weights, expected)
