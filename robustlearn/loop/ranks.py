@@ -87,11 +87,11 @@ class Ranks:
             return module
         return self.accelerator.prepare_model(module)
 
-    def shared(self, module: nn.Module) -> nn.Module:
+    def in_parts(self, module: nn.Module) -> nn.Module:
         """Return a copy of which each process holds a part, made of the first one's weights."""
         for value in (*module.parameters(), *module.buffers()):
             value.data.copy_(broadcast(value.data))
-        return sharded.sharded(module, self.world)
+        return sharded.in_parts(module, self.world)
 
     @contextlib.contextmanager
     def unsynchronised(self, modules: Iterable[nn.Module], *, when: bool) -> Iterator[None]:

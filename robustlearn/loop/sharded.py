@@ -45,7 +45,7 @@ def load(module: nn.Module, given: Mapping[str, Tensor]) -> None:
     module.load_state_dict({name: alike(v, present.get(name)) for name, v in given.items()})
 
 
-def sharded(module: nn.Module, world: int) -> nn.Module:
+def in_parts(module: nn.Module, world: int) -> nn.Module:
     """Return a copy of a module of which each process holds a part.
 
     Blocks of Sequentials and lists that are large are gathered one after the other, the rest at

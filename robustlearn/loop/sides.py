@@ -60,10 +60,10 @@ class Side:
         wanted = ema is not None and optimizer is not None
         self.average = Average(module, ema) if wanted and ema is not None else None
         if ranks.sharded and optimizer is not None:
-            module = ranks.shared(module)
+            module = ranks.in_parts(module)
             sharded.rebound(optimizer, dict(self.given.named_parameters()), module)
             if self.average is not None:
-                self.average.module = ranks.shared(self.average.module)
+                self.average.module = ranks.in_parts(self.average.module)
         self.module = module
         # each shape is compiled for itself: what a shape computes must not depend on which came
         # first, for a resumed run begins with another one

@@ -172,9 +172,12 @@ class Turn:
                 "gradients of weights that are held in parts arrive with turn.backward alone: "
                 "train without shard=True, or without awp"
             )
-        factor = self._share * self._ranks.world / self._batch.total
+        factor = self._share * self._ranks.world * self._scale / self._batch.total
         found = torch.autograd.grad(losses.float().sum() * factor, tensors, allow_unused=True)
-        self._ranks.average([slope for slope in found if slope is not None])
+        present = [slope for slope in found if slope is not None]
+        self._ranks.average(present)
+        if self._scale != 1:
+            torch._foreach_div_(present, self._scale)
         return list(found)
 
     @torch.no_grad()
