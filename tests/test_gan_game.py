@@ -409,6 +409,15 @@ def test_packs_reach_the_critic():
         fitted(*networks(packing=1), packing=3)
 
 
+def test_images_are_data_too():
+    generator = nn.Sequential(nn.Linear(2, 16), nn.Unflatten(1, (1, 4, 4)))
+    critic = nn.Sequential(nn.Flatten(), nn.Linear(2 * 16, 1))
+    data = torch.rand(100, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    result = fitted(generator, critic, data=data, packing=2)
+    assert result.sample(3).shape == (3, 1, 4, 4)
+    assert math.isfinite(result.figures["mmd"])
+
+
 # ------------------------------------------------------------------ exact resume
 
 

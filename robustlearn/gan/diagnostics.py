@@ -59,7 +59,7 @@ class Watch:
     ) -> None:
         self.game, self.real, self.y = game, real, y
         self.epochs, self.known = epochs, known
-        self.sigma = median_bandwidth(real, real.new_empty(0, *real.shape[1:]))
+        self.sigma = median_bandwidth(_tensor.flat(real), _tensor.flat(real)[:0])
         self.keys = _tensor.keys(0, real)
         self.keys = _tensor.fold(self.keys, torch.arange(len(real)))
         self.warned: set[str] = set()

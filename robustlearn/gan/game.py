@@ -263,6 +263,7 @@ class GanGame:
         return {"accuracy": ((real - fake).sign() + 1) / 2}
 
     def _norm(self, name: str, like: Tensor) -> Tensor:
-        """‖∇‖ over all weights of a player, given to each sample."""
-        slopes = [p.grad for p in self.modules[name].parameters() if p.grad is not None]
+        """‖∇‖ over the weights that a player moves, given to each sample."""
+        groups = self.optimizers[name].param_groups
+        slopes = [p.grad for group in groups for p in group["params"] if p.grad is not None]
         return torch.nn.utils.get_total_norm(slopes).expand(len(like))

@@ -224,7 +224,7 @@ def _optimizer(chosen: str | Callable[..., Optimizer], net: nn.Module, lr: float
     if not isinstance(chosen, str):
         return chosen(net.parameters(), lr)
     name = chosen.removeprefix("optimistic_")
-    options = {"betas": (0.0, 0.99)} if name == "adam" else {}
+    options = {"betas": (0.0, 0.99), "fused": True} if name == "adam" else {}
     kind: Any = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[name]
     make = optimistic(kind) if chosen != name else kind
     return make(net.parameters(), lr=lr, **options)
