@@ -7,6 +7,7 @@ attained where the boxes of those leaves meet within the threat.
 
 import heapq
 import math
+import time
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -237,12 +238,19 @@ class Search:
         self.share = self.space.shares(self.low, self.high, eps=self.eps)
         self.spread = float(np.ptp(weight[leaves])) if len(leaves) else 0.0
 
-    def run(self, boxes: int, *, cap: float = math.inf, enough: float = math.inf) -> Least:
+    def run(
+        self,
+        boxes: int,
+        *,
+        cap: float = math.inf,
+        enough: float = math.inf,
+        until: float = math.inf,
+    ) -> Least:
         """Search until the least sum is known.
 
         Parameters
         ----------
-        boxes : to look at, at most.
+        boxes : to look at, at most; until : the reading of `time.monotonic` at which to stop.
         cap : sums from here on are of no interest.
         enough : stop once it is known whether the least sum exceeds this.
         """
@@ -254,7 +262,7 @@ class Search:
         self.looked, threshold = 0, enough - self.constant
         end = np.full((1, len(self.features)), np.inf)
         self._file(_Boxes(-end, end, np.isfinite(self.value)[None], self.share.sum(-1)[None]))
-        while self.queue and self.looked < boxes:
+        while self.queue and self.looked < boxes and time.monotonic() < until:
             if self.best <= threshold < math.inf or self.queue[0][0] > threshold:
                 break
             self._cut_some()

@@ -1,6 +1,7 @@
 """Ensembles of trees: a bound from the leaves within reach, and the exact worst case."""
 
 import math
+import time
 
 import numpy as np
 from torch import Tensor
@@ -24,7 +25,13 @@ def _applies(model: Model, threat: LpBall, shape: tuple[int, ...]) -> bool:
 
 @CERTIFICATES.register("trees", applies=_applies)
 def trees(
-    model: Model, x: Tensor, threat: LpBall, y: Tensor | None, *, boxes: int = BOXES
+    model: Model,
+    x: Tensor,
+    threat: LpBall,
+    y: Tensor | None,
+    seconds: float = math.inf,
+    *,
+    boxes: int = BOXES,
 ) -> Certificate:
     """The exact worst case of an ensemble of trees, and the nearest point that changes it.
 
@@ -39,32 +46,37 @@ def trees(
     Parameters
     ----------
     x : (n, *shape); y : (n,) labels or targets, or None for the predicted class.
+    seconds : that the worst case of a sample may take, and as many its radius.
     boxes : for the worst case of a sample, and as many for its radius; 0 for `leaves`.
 
     Raises
     ------
     InputError for a model whose trees are not known.
     """
-    return _Worst(model, x, threat, "trees", boxes).certificate(y)
+    return _Worst(model, x, threat, "trees", boxes, seconds).certificate(y)
 
 
-@CERTIFICATES.register("leaves", applies=_applies)
-def leaves(model: Model, x: Tensor, threat: LpBall, y: Tensor | None) -> Certificate:
+@CERTIFICATES.register("leaves", applies=_applies, auto=False)
+def leaves(
+    model: Model, x: Tensor, threat: LpBall, y: Tensor | None, seconds: float = math.inf
+) -> Certificate:
     """Σ_t of the worst leaf of tree t that the threat reaches: a bound, exact for one tree.
 
     Thousands of samples a second. Parameters as for `trees`.
     """
-    return _Worst(model, x, threat, "leaves", 0).certificate(y)
+    return _Worst(model, x, threat, "leaves", 0, seconds).certificate(y)
 
 
 class _Worst:
     """Bounds and searches for all samples of one threat."""
 
-    def __init__(self, model: Model, x: Tensor, threat: LpBall, name: str, boxes: int) -> None:
+    def __init__(
+        self, model: Model, x: Tensor, threat: LpBall, name: str, boxes: int, seconds: float
+    ) -> None:
         if model.trees is None:
             raise InputError(f"the trees of {model.name} are not known")
         self.trees: Trees = model.trees
-        self.model, self.name, self.boxes = model, name, boxes
+        self.model, self.name, self.boxes, self.seconds = model, name, boxes, seconds
         self.x = flat(x.detach().cpu().double()).numpy()
         self.space = Space.of(threat, self.x)
         self.far = distances(self.trees, self.space)
@@ -111,6 +123,7 @@ class _Worst:
     def _margin(self, row: int, label: int, bounds: Array) -> Least:
         """Search rival by rival, those of least bound first."""
         proven, best, point, spent = math.inf, math.inf, None, 0
+        until = time.monotonic() + self.seconds
         for rival in bounds.argsort():
             if bounds[rival] >= best:
                 break
@@ -118,7 +131,7 @@ class _Worst:
                 continue
             weight, offset = gap(self.trees, label, int(rival))
             search = self._search(row, weight, float(self.eps[row]))
-            found = search.run(self.boxes - spent, cap=best - offset)
+            found = search.run(self.boxes - spent, cap=best - offset, until=until)
             spent += found.boxes
             proven = min(proven, found.bound + offset)
             if found.value + offset < best:
@@ -129,6 +142,7 @@ class _Worst:
     def _radius(self, row: int, label: int, bounds: Array, worst: Least) -> float:
         """Bracket the distance of the nearest point of no margin, from the bounds upwards."""
         low, high, left = float(bounds.min()), math.inf, self.boxes
+        until = time.monotonic() + self.seconds
         if worst.bound > 0:
             low = max(low, self._beyond(row, float(self.eps[row])))
         elif worst.point is not None and worst.value <= 0:
@@ -137,7 +151,7 @@ class _Worst:
         while (
             low < high * (1 - (0 if self.jumps else TOLERANCE)) and math.isfinite(low) and left > 0
         ):
-            found = self._decide(row, label, bounds, eps, left)
+            found = self._decide(row, label, bounds, eps, left, until)
             left -= found.boxes
             if found.value <= 0 and found.point is not None:
                 high = min(high, max(low, self._distance(row, found.point)))
@@ -148,14 +162,17 @@ class _Worst:
             eps = max(low * GROWTH, low) if math.isinf(high) else (low + high) / 2
         return low
 
-    def _decide(self, row: int, label: int, bounds: Array, eps: float, boxes: int) -> Least:
+    def _decide(
+        self, row: int, label: int, bounds: Array, eps: float, boxes: int, until: float
+    ) -> Least:
         """Tell whether some rival wins within ε."""
         spent, proven = 0, math.inf
         for rival in bounds.argsort():
             if bounds[rival] > eps:
                 break
             weight, offset = gap(self.trees, label, int(rival))
-            found = self._search(row, weight, eps).run(boxes - spent, enough=-offset)
+            search = self._search(row, weight, eps)
+            found = search.run(boxes - spent, enough=-offset, until=until)
             spent, proven = spent + found.boxes, min(proven, found.bound + offset)
             if found.value + offset <= 0:
                 return Least(proven, found.value + offset, found.point, spent)
@@ -186,7 +203,9 @@ class _Worst:
         offset = sign * float(self.trees.base[0]) / self.trees.divisor
         least = offset + bound(self.trees, weight, self.reached)
         for row in range(len(least) if self.boxes else 0):
-            found = self._search(row, weight, float(self.eps[row])).run(self.boxes)
+            found = self._search(row, weight, float(self.eps[row])).run(
+                self.boxes, until=time.monotonic() + self.seconds
+            )
             least[row] = found.bound + offset
             self.exact &= found.bound >= found.value - 1e-12 * (1 + abs(found.value))
         return least

@@ -180,7 +180,7 @@ class _Evaluation:
         self._check_that_one_fits(steps, fault)
         runs = self._attacks(steps, fault)
         self.known.shrink()
-        self.known.check(certificate)
+        certificate = self.known.check(certificate)
         verdict = self.judgement.verdict(self.broke, certificate)
         predictions = self.known.predictions()
         found, proven = self.known.totals(certificate)

@@ -12,6 +12,7 @@ from robustlearn.models.estimators import EstimatorModel, TreeModel, wrap_estima
 from robustlearn.models.functions import FunctionModel
 from robustlearn.models.labels import check_range, labels
 from robustlearn.models.network import TorchModel
+from robustlearn.models.smoothed import Smoothed
 
 __all__ = [
     "EstimatorModel",
@@ -19,6 +20,7 @@ __all__ = [
     "FunctionModel",
     "Guided",
     "Model",
+    "Smoothed",
     "TorchModel",
     "TreeModel",
     "check_range",
