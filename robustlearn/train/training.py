@@ -288,7 +288,7 @@ def _criterion(chosen: Criterion | str | None, samples: Samples) -> Criterion:
 def _memory(
     wanted: bool | str | Path, samples: Samples, objective: str, out: str | Path | None
 ) -> Memory | None:
-    if wanted is False or objective in ("standard", "free", "n_fgsm"):
+    if wanted is False or objective in ("standard", "gaussian", "free", "n_fgsm"):
         return None
     if samples.augment is not None:
         raise InputError("kept perturbations belong to unchanged samples: memory=False to augment")
