@@ -15,7 +15,7 @@ from robustlearn.registry import COUNT, NATURAL, POSITIVE, SHARE, Range, Registr
 from robustlearn.threats import LpBall
 
 Attack = Callable[..., Tensor]
-Needs = Literal["gradient", "scores", "labels", "affine"]
+Needs = Literal["gradient", "scores", "labels", "affine", "trees"]
 
 ATTACKS = Registry("attack")
 
@@ -42,7 +42,8 @@ def attack(
     Parameters
     ----------
     needs : ``"gradient"``, ``"scores"`` (outputs only, so it takes black boxes too),
-        ``"labels"`` (predicted classes only), or ``"affine"`` (a model that is affine and says so).
+        ``"labels"`` (predicted classes only), ``"affine"`` (a model that is affine and says so)
+        or ``"trees"`` (a model of which the leaves are known).
     norms : ``"any"``, or the p of the threats it takes, as in ``"1, 2, inf"``.
     minimal : whether it looks for the nearest misclassified point, so that its distances are to
         be believed; a regressor has none.
@@ -88,6 +89,8 @@ def unsuitable(name: str, model: Model, threat: LpBall, shape: tuple[int, ...]) 
         return f"{name} needs gradients, and {model.name} is a black box"
     if facts["needs"] == "affine" and model.affine(shape) is None:
         return f"{name} needs a linear model, and {model.name} is not known to be one"
+    if facts["needs"] == "trees" and (model.trees is None or type(threat) is not LpBall):
+        return f"{name} needs trees whose leaves are known, and a plain ball"
     if facts["minimal"] and model.task == "regression":
         return f"{name} looks for the nearest misclassified point, and {model.name} is a regressor"
     if facts["needs"] == "labels" and model.task == "regression":

@@ -1,9 +1,11 @@
 """What a certificate says, and the registry of methods."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from robustlearn import _tensor
@@ -33,6 +35,7 @@ class Certificate:
     margin : classifier: lower bound on z_label − max_{j≠label} z_j over the threat.
     lower, upper : regressor: bounds on the prediction over the threat.
     loss : regressor with y: upper bound on the squared error over the threat.
+    alpha : probability, at most, that the statement about a sample is wrong; 0 for a proof.
     """
 
     method: str
@@ -43,12 +46,18 @@ class Certificate:
     lower: np.ndarray | None = None
     upper: np.ndarray | None = None
     loss: np.ndarray | None = None
+    alpha: float = 0.0
 
 
 def applicable(model: Model, threat: LpBall, shape: tuple[int, ...]) -> list[str]:
-    """Return the methods that can say something about this model, the strongest first."""
+    """Return the methods that can say something about this model, the strongest first.
+
+    Left out are those that are for asking by name: filed with ``auto=False``.
+    """
     return [
-        name for name, entry in CERTIFICATES.items() if entry.facts["applies"](model, threat, shape)
+        name
+        for name, entry in CERTIFICATES.items()
+        if entry.facts.get("auto", True) and entry.facts["applies"](model, threat, shape)
     ]
 
 
@@ -88,16 +97,31 @@ def certify(
     labels = None if y is None else labels_of(model, points, y).to(model.device)
     names = applicable(model, threat, shape)
     if method != "auto":
-        CERTIFICATES[method]  # an unknown name is told as such
-        names = [method] if method in names else []
+        entry = CERTIFICATES[method]  # an unknown name is told as such
+        names = [method] if entry.facts["applies"](model, threat, shape) else []
     if not names:
         raise InputError(
             f"no certificate applies to {model.name}: there are {', '.join(CERTIFICATES)}, for "
             "linear models (an affine torch network, or a linear scikit-learn estimator behind "
-            "affine steps)"
+            "affine steps), ensembles of trees, chains of known layers, and anything smoothed"
         )
     result: Certificate = CERTIFICATES[names[0]].function(model, points, threat, labels)
     return result
+
+
+def euclidean(threat: LpBall, shape: tuple[int, ...]) -> float:
+    """Return the least c with ‖δ‖₂ ≤ c·‖δ‖ for all δ that mask and scale allow; box apart.
+
+    max(scale)·d^(1/2 − 1/p) for p > 2, max(scale) for 1 ≤ p ≤ 2, d the features that may change
+    (for p > 2 and unequal scales an upper bound); infinite for p = 0.
+    """
+    ones = torch.ones(shape, dtype=torch.float64)
+    unit = ones if threat.scale is None else ones * torch.as_tensor(threat.scale)
+    unit = unit if threat.mask is None else unit * threat.mask
+    if threat.p == 0:
+        return math.inf
+    count = max(1, int((unit > 0).sum()))
+    return float(unit.max()) * count ** max(0.0, 0.5 - 1 / threat.p)
 
 
 def rows(tensor: Tensor) -> np.ndarray:

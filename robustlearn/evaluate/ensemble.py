@@ -186,7 +186,7 @@ class _Evaluation:
         self._check_that_one_fits(steps, fault)
         runs = self._attacks(steps, fault)
         self.known.shrink()
-        self.known.check(certificate)
+        certificate = self.known.check(certificate)
         told = self.harness.shares.told
         verdict = told(self.judgement.verdict(self.broke, certificate))
         notes = [*self.model.notes, *self.judgement.notes, *self.notes]

@@ -1,6 +1,7 @@
 """What is known about every sample while attacks run, and what is told of it at the end."""
 
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -110,22 +111,38 @@ class Knowledge:
             self.worst[rows[broken]] = torch.minimum(self.worst[rows], value)[broken]
             low, high = torch.where(broken, low, middle), torch.where(broken, middle, high)
 
-    def check(self, certificate: Certificate | None) -> None:
-        """Raise a ContradictionError where a certified sample is broken."""
+    def check(self, certificate: Certificate | None) -> Certificate | None:
+        """Raise a ContradictionError where a certified sample is broken.
+
+        A certificate that holds with some probability is withdrawn there instead.
+        """
         if certificate is None:
-            return
+            return None
+        if certificate.alpha > 0:
+            return self._upheld(certificate)
         if certificate.certified is not None:
             both = certificate.certified & (self.right & ~self.standing).numpy()
         elif certificate.loss is not None:
             both = self.worst.double().numpy() > certificate.loss
         else:
-            return
+            return certificate
         if both.any():
             first = np.flatnonzero(both)[:5].tolist()
             raise ContradictionError(
                 f"{int(both.sum())} samples are certified by {certificate.method} and broken by "
                 f"an attack (first: {first}); please report this"
             )
+        return certificate
+
+    def _upheld(self, certificate: Certificate) -> Certificate:
+        """Return a certificate without what it says of samples that are lost."""
+        certified, radius, loss = certificate.certified, certificate.radius, certificate.loss
+        standing = self.standing.numpy()
+        if certified is not None:
+            certified, radius = certified & standing, np.where(standing, radius, 0.0)  # type: ignore[arg-type]
+        if loss is not None:
+            loss = np.maximum(loss, self.worst.double().numpy())
+        return replace(certificate, certified=certified, radius=radius, loss=loss)
 
     def estimate(self, right: Tensor, value: Tensor) -> Estimate:
         """Return the share that is right, or a regressor's mean error."""

@@ -87,7 +87,7 @@ class Step:
             counts["targets"] = min(counts["targets"], rivals)
         calls = math.prod(counts.values())
         if self.needs != "gradient":
-            return Budget(0, 0 if self.needs == "affine" else calls)
+            return Budget(0, 0 if self.needs in ("affine", "trees") else calls)
         if not counts:
             return Budget(1, 1)
         runs = calls // counts.get("steps", 1)
@@ -112,6 +112,7 @@ def _steps(*rows: tuple[Any, ...]) -> tuple[Step, ...]:
 PRESETS: dict[str, tuple[Step, ...]] = {
     "quick": _steps(
         ("linear_exact", {}),
+        ("tree_exact", {}),
         ("pgd", {"steps": 25}),
         ("fmn", {"steps": 20}),
         ("square", {"queries": 200}, "audit"),
@@ -119,6 +120,7 @@ PRESETS: dict[str, tuple[Step, ...]] = {
     ),
     "standard": _steps(
         ("linear_exact", {}),
+        ("tree_exact", {}),
         ("pgd", {"steps": 20, "restarts": 2}),
         ("fmn", {"steps": 25}),
         ("pgd", {"steps": 20, "restarts": 8, "starts": "mixed"}, "near"),
@@ -132,6 +134,7 @@ PRESETS: dict[str, tuple[Step, ...]] = {
     ),
     "thorough": _steps(
         ("linear_exact", {}),
+        ("tree_exact", {}),
         ("pgd", {"steps": 100, "restarts": 10}),
         ("apgd", {"loss": "cross_entropy", "steps": 100, "restarts": 2}),
         ("apgd", {"loss": "dlr", "targets": 9, "steps": 100}),

@@ -8,10 +8,11 @@ from torch import nn
 from robustlearn.errors import InputError
 from robustlearn.models.around import Expectation, Guided
 from robustlearn.models.base import Model, Output, Task
-from robustlearn.models.estimators import EstimatorModel, wrap_estimator
+from robustlearn.models.estimators import EstimatorModel, TreeModel, wrap_estimator
 from robustlearn.models.functions import FunctionModel
 from robustlearn.models.labels import check_range, labels
 from robustlearn.models.network import TorchModel
+from robustlearn.models.smoothed import Smoothed
 
 __all__ = [
     "EstimatorModel",
@@ -19,7 +20,9 @@ __all__ = [
     "FunctionModel",
     "Guided",
     "Model",
+    "Smoothed",
     "TorchModel",
+    "TreeModel",
     "check_range",
     "labels",
     "wrap",
@@ -38,8 +41,9 @@ def wrap(
     Parameters
     ----------
     model : what to wrap. Linear and multi-layer-perceptron estimators, also behind affine steps
-        of a pipeline, become exact differentiable twins in float64; other estimators and
-        callables on numpy or torch arrays become black boxes.
+        of a pipeline, become exact differentiable twins in float64; of trees (scikit-learn's,
+        XGBoost's, LightGBM's) the leaves are known; other estimators and callables on numpy or
+        torch arrays become black boxes.
     task : ``"classification"`` or ``"regression"``; needed only where the model has a single
         output and no labels are given to tell.
     output : ``"logits"``, ``"probabilities"``, or ``"auto"``, which recognises probabilities

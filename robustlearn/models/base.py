@@ -13,6 +13,7 @@ from torch import Tensor
 
 from robustlearn._tensor import is_out_of_memory
 from robustlearn.errors import InputError, ModelError
+from robustlearn.models.trees import Trees
 
 Task = Literal["classification", "regression"]
 Output = Literal["auto", "logits", "probabilities"]
@@ -178,6 +179,11 @@ class Model(ABC):
 
         W is (K, d) for the logits of a classifier, (1, d) for a regressor.
         """
+        return None
+
+    @property
+    def trees(self) -> Trees | None:
+        """The leaves that the outputs are the sums of, where they are known."""
         return None
 
     def settle(self, x: Tensor, y: Tensor | None = None) -> None:

@@ -1,4 +1,4 @@
-"""scikit-learn estimators: exact differentiable twins of the affine ones, and black boxes."""
+"""Estimators: exact differentiable twins of the affine ones, trees that are known, black boxes."""
 
 import warnings
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from robustlearn._affine import final_step, known, pieces
 from robustlearn.errors import InputError
 from robustlearn.models.base import Model
 from robustlearn.models.network import Rows, Standardize, TorchModel
+from robustlearn.models.trees import Trees, read
 
 PERCEPTRONS = {"MLPClassifier", "MLPRegressor"}
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -36,11 +37,22 @@ class Clamp(nn.Module):
 
 
 def wrap_estimator(estimator: Any, **options: Any) -> Model:
-    """Return an exact float64 twin where there is one, else a black box."""
+    """Return an exact float64 twin where there is one, else a black box, of known trees or not."""
     _check_fitted(estimator)
     twin = _twin(estimator)
     if twin is None:
-        return EstimatorModel(estimator, **options)
+        trees = read(estimator)
+        if trees is None:
+            return EstimatorModel(estimator, **options)
+        grown = TreeModel(estimator, trees)
+        if grown.agrees():
+            return grown
+        plain = EstimatorModel(estimator, **options)
+        plain.note(
+            f"the leaves of {plain.name} did not reproduce its outputs, so it is treated as a "
+            "black box; please report this with the version of its library"
+        )
+        return plain
     final = final_step(estimator)
     classes = getattr(final, "classes_", None)
     options["task"] = "regression" if classes is None else "classification"
@@ -87,7 +99,7 @@ class EstimatorModel(Model):
             return
         rows = x.detach().reshape(len(x), -1).cpu().double().numpy()
         predicted = np.asarray(self.source.predict(as_trained(self.source, rows)))
-        scores = np.asarray(getattr(self.source, self.method)(as_trained(self.source, rows)))
+        scores = self.scores(rows)
         columns = 1 if self.num_classes == 2 and scores.ndim == 1 else self.num_classes
         if scores.reshape(len(x), -1).shape[1] == columns:
             best = scores > 0 if columns == 1 else scores.argmax(1)
@@ -99,12 +111,52 @@ class EstimatorModel(Model):
         )
         self.method, self._probabilities = "predict", False
 
+    def scores(self, rows: np.ndarray) -> np.ndarray:
+        """Ask the estimator, (n, d) -> (n,) or (n, K)."""
+        return np.asarray(getattr(self.source, self.method)(as_trained(self.source, rows)))
+
     def _forward(self, x: Tensor) -> Any:
         rows = x.detach().reshape(len(x), -1).cpu().double().numpy()
-        output = np.asarray(getattr(self.source, self.method)(as_trained(self.source, rows)))
+        output = self.scores(rows)
         if self.method == "predict" and self.task == "classification":
             output = (output.reshape(-1, 1) == np.asarray(self.classes)).astype(float)
         return torch.as_tensor(output.astype(float), device=x.device)
+
+
+class TreeModel(EstimatorModel):
+    """An ensemble of trees whose leaves are known: its outputs are the sums of their values.
+
+    Logits are decision values before any link: the mean class probabilities of a forest, the
+    raw scores of boosting. They come from the library itself; `trees` says what they add up to.
+    """
+
+    def __init__(self, estimator: Any, trees: Trees) -> None:
+        super().__init__(estimator, output="logits")
+        self._trees = trees
+
+    @property
+    def trees(self) -> Trees | None:
+        """The leaves; None where labels are asked for instead of scores (see `settle`)."""
+        labels = self.task == "classification" and self.method == "predict"
+        return None if labels else self._trees
+
+    def scores(self, rows: np.ndarray) -> np.ndarray:
+        """Ask for raw scores, by the word that the library has for them."""
+        raw = {"xgboost": {"output_margin": True}, "lightgbm": {"raw_score": True}}
+        words = raw.get(type(self.source).__module__.split(".")[0], {})
+        if self.task == "regression" or self.method == "predict" or not words:
+            return super().scores(rows)
+        return np.asarray(self.source.predict(as_trained(self.source, rows), **words))
+
+    def agrees(self) -> bool:
+        """Tell whether the leaves give what the library does, on points that lie on the cuts."""
+        rows = self._trees.probes(32, self.source.n_features_in_)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            expected = self.scores(rows).reshape(len(rows), -1).astype(float)
+        found = self._trees.scores(rows)
+        near = found.shape == expected.shape and np.abs(found - expected) <= self._trees.slack
+        return bool(np.all(near))
 
 
 def as_trained(estimator: Any, rows: np.ndarray) -> Any:

@@ -216,20 +216,25 @@ class TorchModel(Model):
         output = chain(size).reshape(len(size), -1).amax(1)
         return torch.finfo(self.dtype).eps / 2 * terms * output
 
-    def _affine_chain(self, shape: tuple[int, ...]) -> nn.Sequential | None:
-        """Return a float64 copy of the layers without the head, if all of them are affine."""
+    def layers(self, shape: tuple[int, ...]) -> nn.Sequential | None:
+        """Return a float64 copy of the layers before the logits; None if these are unknown."""
         if self._suspects and self.task != "regression":
             with self.session(), torch.no_grad():
                 self._find_head(torch.zeros(1, *shape, dtype=self.dtype, device=self.device))
-        leaves = [leaf for leaf in _chain(self.module) if leaf is not self._head]
-        if self._probabilities or not all(_is_affine(leaf) for leaf in leaves):
+        if self._probabilities:
             return None
+        leaves = [leaf for leaf in chain_of(self.module) if leaf is not self._head]
         chain = copy.deepcopy(nn.Sequential(*leaves)).to("cpu", torch.float64)
         return chain.eval().requires_grad_(False)
 
+    def _affine_chain(self, shape: tuple[int, ...]) -> nn.Sequential | None:
+        """Return the layers if all of them are affine."""
+        chain = self.layers(shape)
+        return chain if chain is not None and all(is_affine(leaf) for leaf in chain) else None
+
     def _recognise(self, output: Tensor) -> bool:
         """Tell probabilities from logits; an affine network cannot give probabilities."""
-        affine = self._head is None and all(_is_affine(leaf) for leaf in _chain(self.module))
+        affine = self._head is None and all(is_affine(leaf) for leaf in chain_of(self.module))
         return False if affine else super()._recognise(output)
 
 
@@ -247,18 +252,18 @@ def _terms(layer: nn.Module, size: Tensor) -> int:
     return (weight if isinstance(weight, Tensor) else size).shape[1:].numel()
 
 
-def _chain(module: nn.Module) -> list[nn.Module]:
+def chain_of(module: nn.Module) -> list[nn.Module]:
     """Return the layers of nested plain Sequentials in order."""
     if type(module) is not nn.Sequential or _altered(module):
         return [module]
-    return [leaf for child in module for leaf in _chain(child)]
+    return [leaf for child in module for leaf in chain_of(child)]
 
 
 def _altered(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
-def _is_affine(leaf: nn.Module) -> bool:
+def is_affine(leaf: nn.Module) -> bool:
     """Tell a layer that is affine in evaluation mode, by its exact type."""
     if type(leaf) is Rows:
         return True

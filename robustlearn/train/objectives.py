@@ -213,6 +213,29 @@ def standard(
     return _told(criterion(output, y), x, output, y, criterion)
 
 
+@objective()
+def gaussian(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    threat: LpBall,
+    *,
+    noise: float = 0.25,
+    criterion: Criterion = CROSS_ENTROPY,
+    craft: Craft = PLAIN,
+) -> Outcome:
+    """L(f(x + σξ), y), ξ ~ N(0, I): what a smoothed model votes among; σ is ``noise``, as x.
+
+    Neither threat nor box is asked. Source: Cohen, Rosenfeld and Kolter (2019).
+    """
+    points = craft.points
+    if points is None:
+        keys = _tensor.fold(_tensor.keys(craft.keys, x), 2)
+        points = x + noise * _tensor.normal(keys, tuple(x.shape[1:]), x.dtype)
+    output = craft.forward(model, points)
+    return _told(criterion(output, y), points, output, y, criterion)
+
+
 @objective(single_step=True)
 def fgsm(
     model: nn.Module,
