@@ -12,6 +12,7 @@ from robustlearn.anomaly.negatives import Generator, Negatives, Shells, ascended
 from robustlearn.gan import losses as adversarial
 
 WARM_UP = 0.1  # share of the steps before negatives are moved: there is nothing to climb yet
+SHORTEST = 20  # steps of a schedule: torch divides by zero for fewer than 11
 GENERATED = 0.25  # share of the negatives that come from a generator, where there is one
 
 
@@ -108,7 +109,7 @@ def train(
         critics.parameters(), recipe.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4
     )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, recipe.learning_rate, total_steps=max(2, recipe.steps), pct_start=0.1
+        optimizer, recipe.learning_rate, total_steps=max(SHORTEST, recipe.steps), pct_start=WARM_UP
     )
     for step in range(recipe.steps):
         real, base = (_drawn(own, recipe.batch_size, generator) for _ in range(2))

@@ -201,11 +201,12 @@ class HardNegativeDetector(Detector):
             fresh[kept] = self.trained_.seen[kept]
             self.trained_.seen = fresh
         held = self.trained_
-        points = held.view(rows)
+        points = held.view(rows).float()
         shells = Shells(points, _spacing(points))
         recipe = self._recipe(1.0 if self._new is None else float(self._new.float().mean()))
-        with _on(self.device, shells, held.critics, held.network) as there:
+        with _on(self.device, shells, held.critics.float(), held.network) as there:
             train(held.critics, held.network, held.seen, there, recipe, generator)
+        held.critics.double()  # so that a score hardly depends on the batch
         if self.kind == "feature":
             return Features(held.view, held.critics, rows)
         return Logits(held.view, held.critics, rows, held.seen)

@@ -85,13 +85,13 @@ class Logits(Part):
         super().__init__()
         self.view, self.critics = view, critics
         with torch.no_grad():
-            logits = critics.of_all(view(rows)).double().T
+            logits = critics.of_all(view(rows)).T
         unseen = ~seen | seen.all(1, keepdim=True)  # a row that all critics saw is asked of all
         self.of_training = -((logits * unseen).sum(1) / unseen.sum(1))[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (n, 1)."""
-        return -self.critics.of_all(self.view(x)).mean(0).to(x.dtype)[:, None]
+        return -self.critics.of_all(self.view(x)).mean(0)[:, None]
 
 
 class Features(Part):
@@ -114,7 +114,7 @@ class Features(Part):
 
     def _hidden(self, x: Tensor) -> Tensor:
         view = self.view(x)
-        return self.critics.features(view.expand(self.critics.count, *view.shape)).to(x.dtype)
+        return self.critics.features(view.expand(self.critics.count, *view.shape))
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,8 @@ class View:
         return cls(scaling, torch.where(unit > 0, unit, torch.ones_like(unit)))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Map rows (n, d), into the type that critics compute in."""
-        return (self.scaling(x) / self.unit).float()
+        """Map rows (n, d)."""
+        return self.scaling(x) / self.unit
 
 
 class Fused(Score):
