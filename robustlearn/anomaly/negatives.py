@@ -15,6 +15,7 @@ from robustlearn.threats import LpBall
 
 NEAR, FAR = 0.5, 8.0  # radii of the shells, in local distances to the nearest normal rows
 STEP = 0.3  # of an ascent, in radii
+EDGE = -1.0  # the logit that a generator aims at: odds of 1 to 2.7 that the critic accepts
 CODES = 8  # random numbers that a generator starts from
 
 Critic = Callable[[Tensor], Tensor]  # (m, n, d) -> (m, n)
@@ -109,8 +110,8 @@ def _on_sphere(base: Tensor, point: Tensor, radius: Tensor) -> Tensor:
 class Generator(nn.Module):
     """A network as the adversary: (row, log r/ρ, noise) ↦ a direction on the row's shell.
 
-    It is trained to meet the critics' boundary, and to spread:
-    E D(x + r·u)² + ‖E u‖₂², the mean direction over a batch being zero where they are dispersed.
+    It is trained to place points just outside the critics' level set D ≥ 0, and to spread them:
+    E (D(x + r·u) + 1)² + ‖E u‖₂², the mean direction being zero where they are dispersed.
     """
 
     def __init__(self, inputs: int, generator: torch.Generator, width: int = 64) -> None:
@@ -139,7 +140,7 @@ class Generator(nn.Module):
         """Take one step towards the boundary; return the points before it, detached."""
         made = self(on, generator)
         unit = (made.points - made.base) / made.radius[..., None]
-        loss = critic(made.points).square().mean() + unit.mean((0, 1)).square().sum()
+        loss = (critic(made.points) - EDGE).square().mean() + unit.mean((0, 1)).square().sum()
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
