@@ -16,6 +16,7 @@ from robustlearn.anomaly import conformal
 from robustlearn.anomaly.explanation import Explanation, explained
 from robustlearn.anomaly.fusion import Score
 from robustlearn.errors import InputError
+from robustlearn.threats import LpBall
 
 Array = NDArray[np.float64]
 CHUNK = 1024  # rows scored together
@@ -165,15 +166,23 @@ class Detector(OutlierMixin, BaseEstimator):
 
 
 class Decision(nn.Module):
-    """x ↦ −score(x) − offset."""
+    """x ↦ −score(x) − offset, computed on the CPU, where the neighbours are found."""
+
+    offset: Tensor
 
     def __init__(self, score: Score, offset: float) -> None:
         super().__init__()
-        self.score, self.offset = score, offset
+        self.score = score
+        self.register_buffer("offset", torch.tensor(offset, dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the decision, (n,)."""
-        return -self.score(x) - self.offset
+        return -self.score(x.cpu()).to(x.device) - self.offset
+
+    def enclosed(self, x: Tensor, threat: LpBall) -> tuple[Tensor, Tensor]:
+        """Bound the decision over the threat at each x, (n,) below and above."""
+        low, high = (bound.to(x.device) for bound in self.score.enclosed(x.cpu(), threat))
+        return -high - self.offset, -low - self.offset
 
 
 def whole(value: Any, name: str, least: int) -> None:

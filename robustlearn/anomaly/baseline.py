@@ -8,8 +8,9 @@ from torch import Tensor
 from robustlearn.anomaly.base import BAGGED, Detector, whole
 from robustlearn.anomaly.fusion import Score
 from robustlearn.anomaly.neighbors import Reference
-from robustlearn.anomaly.scaling import SCALINGS, Map
+from robustlearn.anomaly.scaling import SCALINGS, Map, reach
 from robustlearn.errors import InputError
+from robustlearn.threats import LpBall
 
 
 class MeanNeighborDetector(Detector):
@@ -79,3 +80,10 @@ class MeanDistance(Score):
     def forward(self, x: Tensor) -> Tensor:
         """Return the mean distance, (n,)."""
         return self.reference.nearest(self.scaling(x))[0].mean(1)
+
+    def enclosed(self, x: Tensor, threat: LpBall) -> tuple[Tensor, Tensor]:
+        """Bound the mean distance: each of the distances changes by at most the threat's reach."""
+        apart, _ = self.reference.every(self.scaling(x))
+        far = reach(self.scaling, x, threat, self.reference.p)
+        below = (apart[:, :-1] - far[:, None]).clamp_min(0).mean(1)
+        return below, apart[:, 1:].mean(1) + far

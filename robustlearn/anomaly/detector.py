@@ -204,9 +204,11 @@ class HardNegativeDetector(Detector):
         points = held.view(rows).float()
         shells = Shells(points, _spacing(points))
         recipe = self._recipe(1.0 if self._new is None else float(self._new.float().mean()))
-        with _on(self.device, shells, held.critics.float(), held.network) as there:
+        with _on(
+            self.device, shells, held.critics.float().requires_grad_(True), held.network
+        ) as there:
             train(held.critics, held.network, held.seen, there, recipe, generator)
-        held.critics.double()  # so that a score hardly depends on the batch
+        held.critics.double().requires_grad_(False)  # so that a score hardly depends on the batch
         if self.kind == "feature":
             return Features(held.view, held.critics, rows)
         return Logits(held.view, held.critics, rows, held.seen)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from robustlearn.anomaly.critics import Critics
 from robustlearn.anomaly.neighbors import Density, Reference
-from robustlearn.anomaly.scaling import Map
+from robustlearn.anomaly.scaling import Map, reach
+from robustlearn.threats import LpBall
 
 ANCHOR = 2  # columns of the plain log distance beside the four local ones
 TINY = 1e-6  # a spread below this is none
@@ -43,6 +44,10 @@ class Score(nn.Module):
 
     of_training: Tensor
 
+    def enclosed(self, x: Tensor, threat: LpBall) -> tuple[Tensor, Tensor]:
+        """Bound the score over the threat at each x, (n,) below and above; infinite by default."""
+        return _unknown(x[:, 0])
+
 
 class Part(nn.Module):
     """A score of rows (n, d) as columns (n, k), and what it says of the rows it was learnt from.
@@ -51,6 +56,10 @@ class Part(nn.Module):
     """
 
     of_training: Tensor
+
+    def enclosed(self, x: Tensor, threat: LpBall) -> tuple[Tensor, Tensor]:
+        """Bound the columns over the threat at each x, (n, k) each; infinite by default."""
+        return _unknown(self(x[:1]).expand(len(x), -1))
 
 
 class Densities(Part):
@@ -71,6 +80,18 @@ class Densities(Part):
         """Return the columns, (n, 2·geometries + ANCHOR)."""
         pairs = zip(self.maps, self.densities, strict=True)
         return _columns([density(scaling(x)) for scaling, density in pairs])
+
+    def enclosed(self, x: Tensor, threat: LpBall) -> tuple[Tensor, Tensor]:
+        """Bound the columns by how far the threat reaches in each geometry."""
+        found = [
+            density.enclosed(scaling(x), reach(scaling, x, threat, density.reference.p))
+            for scaling, density in zip(self.maps, self.densities, strict=True)
+        ]
+        low, high = (
+            _columns([(bound[:, :-1], bound[:, -1]) for bound in side])
+            for side in zip(*found, strict=True)
+        )
+        return low, high
 
 
 def _columns(found: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -148,8 +169,7 @@ class Fused(Score):
         self, parts: Sequence[Part], weights: Sequence[float], limits: Sequence[float]
     ) -> None:
         super().__init__()
-        self.parts, self.weights = nn.ModuleList(parts), weights
-        self.register_buffer("kind", torch.zeros(0, dtype=torch.float64))  # tells the dtype
+        self.parts, self.weights = list(parts), weights  # not registered: they stay on the CPU
         self.standards = [
             Standard.of(part.of_training, limit) for part, limit in zip(parts, limits, strict=True)
         ]
@@ -159,6 +179,16 @@ class Fused(Score):
         """Return the anomaly score; higher is less normal."""
         return self._sum([part(x) for part in self.parts])
 
+    def enclosed(self, x: Tensor, threat: LpBall) -> tuple[Tensor, Tensor]:
+        """Bound the score by its parts; one that is clipped has its limits as bounds."""
+        bounds = [part.enclosed(x, threat) for part in self.parts]
+        low, high = (self._sum(list(side)) for side in zip(*bounds, strict=True))
+        return low, high
+
     def _sum(self, found: Sequence[Tensor]) -> Tensor:
         terms = zip(self.weights, self.standards, found, strict=True)
         return torch.stack([w * standard(s).mean(1) for w, standard, s in terms]).sum(0)
+
+
+def _unknown(like: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.full_like(like, -torch.inf), torch.full_like(like, torch.inf)

@@ -11,6 +11,8 @@ from torch import Tensor
 FEW = 5  # neighbours whose mean distance tells the density
 NEAREST = (1, FEW)
 SMOOTHING = 0.5  # of the median distance among normal rows, added to the local one
+EXACT = "donot_use_mm_for_euclid_dist"  # products of matrices lose the digits of small distances
+SLACK = 1e-9  # of a distance, for rounding
 FLOOR = 1e-2  # of the median distance: below it two rows count as equal
 
 
@@ -43,13 +45,18 @@ class Reference:
 
         The distances can be differentiated by x, the choice of the rows is held fixed.
         """
+        apart, rows = self.every(x)
+        first = (apart[:, :1] == 0).long()
+        kept = first + torch.arange(self.neighbors, device=x.device)
+        return apart.gather(1, kept), rows.gather(1, kept)
+
+    def every(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the same with copies of x among the rows, and one row more: (n, k + 1)."""
         found = self.index.kneighbors(x.detach().cpu().numpy(), return_distance=False)
         rows = torch.as_tensor(found, device=x.device)
         apart = torch.linalg.vector_norm(x[:, None] - self.points[rows], self.p, dim=2)
         apart, order = apart.sort(dim=1)
-        first = (apart[:, :1] == 0).long()
-        kept = first + torch.arange(self.neighbors, device=x.device)
-        return apart.gather(1, kept), rows.gather(1, order).gather(1, kept)
+        return apart, rows.gather(1, order)
 
 
 class Density:
@@ -83,14 +90,43 @@ class Density:
         """Return (n, 2), s₁ and s₅, and (n,), log d₅; higher is less normal."""
         return self._score(*self.reference.nearest(x))
 
+    def enclosed(self, x: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
+        """Bound s₁, s₅ and log d₅, (n, 3) each, over all points within ``reach`` (n,) of x.
+
+        The i-th distance changes by at most the reach; a copy counts below, and is left out above.
+        The neighbours at such a point lie within d₆(x) + 2·reach of x, so that ρ is a mean over
+        five of the rows there.
+        """
+        apart, _ = self.reference.every(x)
+        below = (apart[:, :-1] - reach[:, None]).clamp_min(0)
+        above = apart[:, 1:] + reach[:, None]
+        low, high = (self._logs(part) for part in (below, above))
+        if self.local:
+            least, most = self._around(x, apart[:, -1] + 2 * reach)
+            low, high = low - self._unit(most)[:, None], high - self._unit(least)[:, None]
+        plain = [self._logs(part)[:, -1:] for part in (below, above)]
+        return torch.cat([low, plain[0]], 1), torch.cat([high, plain[1]], 1)
+
+    def _around(self, x: Tensor, within: Tensor) -> tuple[Tensor, Tensor]:
+        """Bound the mean of log d₅ over the neighbours, which are among the rows within."""
+        points, p = self.reference.points, self.reference.p
+        near = torch.cdist(x, points, p, EXACT) <= within[:, None] * (1 + SLACK)
+        few = self.reference.neighbors
+        least = torch.where(near, self.own, torch.inf).topk(few, 1, largest=False).values.mean(1)
+        return least, torch.where(near, self.own, -torch.inf).topk(few, 1).values.mean(1)
+
     def _score(self, apart: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        pairs = zip(_means(apart), self.typical, strict=True)
-        logs = torch.stack([mean.clamp_min(FLOOR * typical).log() for mean, typical in pairs], 1)
+        logs = self._logs(apart)
         if not self.local:
             return logs, logs[:, -1]
-        around = self.own[rows].mean(1)
-        unit = torch.logaddexp(around, around.new_tensor(math.log(SMOOTHING * self.typical[-1])))
-        return logs - unit[:, None], logs[:, -1]
+        return logs - self._unit(self.own[rows].mean(1))[:, None], logs[:, -1]
+
+    def _logs(self, apart: Tensor) -> Tensor:
+        pairs = zip(_means(apart), self.typical, strict=True)
+        return torch.stack([mean.clamp_min(FLOOR * typical).log() for mean, typical in pairs], 1)
+
+    def _unit(self, around: Tensor) -> Tensor:
+        return torch.logaddexp(around, around.new_tensor(math.log(SMOOTHING * self.typical[-1])))
 
 
 def _means(apart: Tensor) -> list[Tensor]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from robustlearn.threats import LpBall
+
 KNOTS = 200  # quantiles that a map by ranks keeps
 WIDEST = 10.0  # a range counts up to this many times the spread of the central 98%
 END = 4.0  # normal score of the least and the largest value
@@ -93,6 +95,25 @@ def quantiles(x: Tensor, shares: Tensor) -> Tensor:
     below = place.floor().long()
     above = (below + 1).clamp_max(len(x) - 1)
     return ordered[below].lerp(ordered[above], (place - below)[:, None])
+
+
+def reach(scaling: Map, x: Tensor, threat: LpBall, p: float) -> Tensor:
+    """Bound ‖scaling(x + δ) − scaling(x)‖_p over the threat, (n,).
+
+    Features rise by themselves, hence the norm of what each one may do alone; after an affine map
+    with divisors c also ε·‖scale/c‖_r, with r = ∞ where the threat's norm is at most p, and
+    1/r = 1/p − 1/p_threat where it is more (Hölder).
+    """
+    here = scaling(x)
+    low, high = (scaling(end) for end in threat.span(x))
+    alone = torch.maximum(high - here, here - low).norm(p, dim=1)
+    if not isinstance(scaling, Affine):
+        return alone
+    unit = torch.ones_like(x[0]) if threat.scale is None else torch.as_tensor(threat.scale).to(x)
+    gain = (unit if threat.mask is None else unit * threat.mask.to(x)) / scaling.divisor
+    r = torch.inf if threat.p <= p else 1 / (1 / p - 1 / threat.p)
+    together = torch.as_tensor(threat.eps).to(x) * gain.expand_as(x).norm(r, dim=1)
+    return torch.minimum(alone, together)
 
 
 def _or_one(scale: Tensor) -> Tensor:

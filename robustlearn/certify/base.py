@@ -94,7 +94,7 @@ def certify(
         raise InputError(
             f"no certificate applies to {model.name}: there are {', '.join(CERTIFICATES)}, for "
             "linear models (an affine torch network, or a linear scikit-learn estimator behind "
-            "affine steps)"
+            "affine steps) and for modules that bound their own output"
         )
     result: Certificate = CERTIFICATES[names[0]].function(model, points, threat, labels)
     return result
