@@ -99,6 +99,30 @@ def _columns(found: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     return torch.cat([*(scores for scores, _ in found), anchor], 1)
 
 
+class Distances(Part):
+    """log d₅ to the normal rows after each of some maps: what is left where rows repeat."""
+
+    def __init__(self, scalings: Sequence[Map], rows: Tensor) -> None:
+        super().__init__()
+        self.maps = list(scalings)
+        self.densities = [Density(Reference(scaling(rows)), local=False) for scaling in scalings]
+        self.of_training = torch.stack([d.of_training[1] for d in self.densities], 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (n, maps)."""
+        pairs = zip(self.maps, self.densities, strict=True)
+        return torch.stack([density(scaling(x))[1] for scaling, density in pairs], 1)
+
+    def enclosed(self, x: Tensor, threat: LpBall) -> tuple[Tensor, Tensor]:
+        """Bound the columns by how far the threat reaches after each map."""
+        found = [
+            density.enclosed(scaling(x), reach(scaling, x, threat, density.reference.p))
+            for scaling, density in zip(self.maps, self.densities, strict=True)
+        ]
+        low, high = (torch.stack([b[:, -1] for b in side], 1) for side in zip(*found, strict=True))
+        return low, high
+
+
 class Logits(Part):
     """The mean of the critics' logits, negated."""
 

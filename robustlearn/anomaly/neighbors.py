@@ -81,6 +81,7 @@ class Density:
     def __init__(self, reference: Reference, *, local: bool = True) -> None:
         self.reference, self.local = reference, local
         apart, rows = reference.nearest(reference.points)
+        self.copies = float((apart[:, 0] == 0).double().mean())  # share of rows that repeat
         means = _means(apart)
         self.typical = [_typical(mean) for mean in means]
         self.own = means[-1].clamp_min(1e-3 * self.typical[-1]).log()
