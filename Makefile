@@ -22,6 +22,7 @@ bench: .venv/peers
 	$(BIN)/python benchmarks/linear.py --full --out benchmarks/results/linear.csv
 	$(BIN)/python benchmarks/evaluation.py --full --out benchmarks/results/evaluation.csv
 	$(BIN)/python benchmarks/diagnostics.py --full --out benchmarks/results/diagnostics.csv
+	$(BIN)/python benchmarks/anomaly.py --full --out benchmarks/results/anomaly.csv
 
 clean:
 	rm -rf .venv robustness-report build dist *.egg-info .*_cache .hypothesis

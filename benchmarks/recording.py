@@ -32,6 +32,7 @@ PACKAGES = (
     "adv-lib",
     "cvxpy",
     "clarabel",
+    "pyod",
 )
 
 

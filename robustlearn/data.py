@@ -129,26 +129,80 @@ def _from_npz(path: Path, part: str) -> Dataset:
     return Dataset(path.stem, x, y.reshape(-1) if y.ndim == 2 and y.shape[1] == 1 else y)
 
 
-def _from_csv(path: Path, target: str | None) -> Dataset:
+def features(source: str | Path, *, drop: str | None = None) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Load rows without labels: (n, d) and the names of the columns.
+
+    Parameters
+    ----------
+    source : FILE.csv or FILE.csv.gz, every column a feature; or FILE.npz with an array x (or X).
+    drop : column of a table to leave out, such as a label.
+
+    Raises
+    ------
+    InputError for a file that is not there or not readable, text, and a column that is not there.
+    """
+    path = Path(source)
+    if not path.is_file():
+        raise InputError(f"there is no data file {str(source)!r}")
+    if path.suffix.lower() == ".npz":
+        if drop is not None:
+            raise InputError(f"{path.name} has no named columns: there is no {drop!r} to leave out")
+        x = _rows_of_npz(path)
+        return x, tuple(f"feature {j}" for j in range(x.shape[1]))
+    table = _table(path)
+    if drop is not None:
+        table = _without(table, drop, path)
+    return _numbers(table, path), tuple(str(c) for c in table.columns)
+
+
+def _rows_of_npz(path: Path) -> np.ndarray:
+    try:
+        with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
+            name = next((name for name in ("x", "X") if name in file.files), None)
+            if name is None:
+                held = ", ".join(file.files) or "nothing"
+                raise InputError(f"{path.name} holds {held}; expected an array x (or X)")
+            x = file[name]
+    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path.name} is not a readable .npz file of numbers: {error}") from error
+    return x.reshape(len(x), -1)
+
+
+def _table(path: Path) -> Any:
     import pandas
 
     try:
-        table = pandas.read_csv(path)
+        return pandas.read_csv(path)
     except (pandas.errors.ParserError, pandas.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise InputError(f"{path.name} is not a readable table: {error}") from error
-    columns = [str(c) for c in table.columns]
-    if target is None:
-        raise InputError(f"name the target column of {path.name}; it has {', '.join(columns)}")
-    if target not in columns:
-        raise InputError(f"{path.name} has no column {target!r}; it has {', '.join(columns)}")
-    features = table.drop(columns=target)
-    text = [str(c) for c in features.columns if features[c].dtype.kind not in "biuf"]
+
+
+def _without(table: Any, column: str, path: Path) -> Any:
+    if column not in map(str, table.columns):
+        known = ", ".join(map(str, table.columns))
+        raise InputError(f"{path.name} has no column {column!r}; it has {known}")
+    return table.drop(columns=column)
+
+
+def _numbers(table: Any, path: Path) -> np.ndarray:
+    text = [str(c) for c in table.columns if table[c].dtype.kind not in "biuf"]
     if text:
         raise InputError(
             f"{path.name}: the columns {', '.join(text)} hold text; encode them as numbers first"
         )
+    return np.asarray(table.to_numpy(dtype=float))
+
+
+def _from_csv(path: Path, target: str | None) -> Dataset:
+    table = _table(path)
+    columns = [str(c) for c in table.columns]
+    if target is None:
+        raise InputError(f"name the target column of {path.name}; it has {', '.join(columns)}")
+    features = _without(table, target, path)
     y = table[target].to_numpy()
     if y.dtype.kind not in "biuf":
         y = y.astype(str)
     names = tuple(c for c in columns if c != target)
-    return Dataset(path.stem, features.to_numpy(dtype=float), y, names)
+    return Dataset(path.stem, _numbers(features, path), y, names)

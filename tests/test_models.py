@@ -222,7 +222,6 @@ def test_a_subclass_is_not_trusted_to_be_linear():
         (linear_model.Ridge(), "fit the Ridge before"),
         (np.zeros(3), "cannot wrap a array|cannot wrap an array"),
         (nn.Linear, "Linear is a class"),
-        (fitted(ensemble.IsolationForest(n_estimators=2)), "neither a classifier nor a regressor"),
         (linear_model.Ridge().fit(X, np.c_[Y, Y]), "several outputs"),
     ],
 )

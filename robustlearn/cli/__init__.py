@@ -455,6 +455,46 @@ def plant(
 
 
 @app.command()
+def detect(
+    data: Annotated[str, typer.Option(help="Normal rows: FILE.csv, or FILE.npz with x.")],
+    score: Annotated[str, typer.Option(help="Rows to judge, with the same columns.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the report.")] = None,
+    drop: Annotated[str | None, typer.Option(help="Column to leave out, such as a label.")] = None,
+    method: Annotated[str, typer.Option(help="hard-negatives or mean-distance.")] = (
+        "hard-negatives"
+    ),
+    false_alarm: Annotated[
+        float, typer.Option(help="Share of normal rows that may be flagged.", **Number)
+    ] = 0.05,
+    explain: Annotated[
+        int, typer.Option(min=0, help="Flagged rows to explain, the most anomalous first.")
+    ] = 20,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Flag rows unlike the normal ones, with p-values and what would make each accepted."""
+    from robustlearn.cli import detection
+    from robustlearn.report import plain, write_detection
+
+    found = detection.detected(
+        data,
+        score,
+        drop=drop,
+        method=method,
+        false_alarm=false_alarm,
+        explain=explain,
+        seed=seed,
+    )
+    if out is not None:
+        write_detection(found, out)
+    if as_json:
+        typer.echo(json.dumps(plain(found), indent=1, allow_nan=False))
+    elif not quiet:
+        detection.show(found, out)
+
+
+@app.command()
 def attacks(as_json: AsJson = False) -> None:
     """List the attacks, and the sets of them that evaluate knows."""
     from robustlearn.cli import screen

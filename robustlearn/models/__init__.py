@@ -43,7 +43,9 @@ def wrap(
     model : what to wrap. Linear and multi-layer-perceptron estimators, also behind affine steps
         of a pipeline, become exact differentiable twins in float64; of trees (scikit-learn's,
         XGBoost's, LightGBM's) the leaves are known; other estimators and callables on numpy or
-        torch arrays become black boxes.
+        torch arrays become black boxes. An anomaly detector becomes a classifier of −1 (flagged,
+        logit 0) and 1 (accepted, its decision as logit): those of `robustlearn.anomaly` with
+        gradients, others of scikit-learn as black boxes.
     task : ``"classification"`` or ``"regression"``; needed only where the model has a single
         output and no labels are given to tell.
     output : ``"logits"``, ``"probabilities"``, or ``"auto"``, which recognises probabilities
@@ -67,6 +69,14 @@ def wrap(
     """
     if isinstance(model, Model):
         return model
+    if hasattr(model, "as_network"):
+        return TorchModel(
+            model.as_network(),
+            source=model,
+            task="classification",
+            classes=np.array([-1, 1]),
+            output="logits",
+        )
     if isinstance(model, nn.Module):
         return TorchModel(model, task=task, output=output)
     if hasattr(model, "predict") or hasattr(model, "predict_proba"):

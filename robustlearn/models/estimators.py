@@ -76,9 +76,11 @@ class EstimatorModel(Model):
         final = final_step(estimator)
         classes = getattr(final, "classes_", None)
         kind = _estimator_type(estimator)
+        if kind == "outlier_detector":
+            kind, classes, options["output"] = "classifier", np.array([-1, 1]), "logits"
         if kind not in ("classifier", "regressor"):
             raise InputError(
-                f"{type(estimator).__name__} is neither a classifier nor a regressor; wrap a "
+                f"{type(estimator).__name__} neither classifies nor predicts nor detects; wrap a "
                 "function instead: wrap(lambda x: scores of shape (n, classes))"
             )
         options["task"] = "classification" if kind == "classifier" else "regression"
@@ -170,13 +172,15 @@ def as_trained(estimator: Any, rows: np.ndarray) -> Any:
 
 
 def _estimator_type(estimator: Any) -> str | None:
-    from sklearn.base import BaseEstimator, is_classifier, is_regressor
+    from sklearn.base import BaseEstimator, is_classifier, is_outlier_detector, is_regressor
 
     if not isinstance(estimator, BaseEstimator):  # something with the same methods
         classifies = hasattr(estimator, "classes_") or hasattr(estimator, "predict_proba")
         return "classifier" if classifies else "regressor"
     if is_classifier(estimator):
         return "classifier"
+    if is_outlier_detector(estimator):
+        return "outlier_detector"
     return "regressor" if is_regressor(estimator) else None
 
 

@@ -39,6 +39,25 @@ def curve(evaluation: dict[str, Any]) -> Markup | None:
     return _svg(draw, "Accuracy against the budget ε, both bounds")
 
 
+def scores(normal: list[float], new: list[float], threshold: float) -> Markup | None:
+    """Distribution of anomaly scores: normal rows that the score had not seen, and new rows."""
+    if not normal or not new:
+        return None
+
+    def draw(axes: Any) -> None:
+        low, high = np.quantile([*normal, *new], [0.0, 0.99])
+        bins = np.linspace(low, high if high > low else low + 1, 40).tolist()
+        for values, colour, label in ((normal, SAFE, "normal rows"), (new, BROKEN, "new rows")):
+            held = np.clip(values, bins[0], bins[-1])
+            weights = np.full(len(held), 1 / len(held))
+            axes.hist(held, bins, weights=weights, color=colour, alpha=0.45, label=label)
+        axes.axvline(min(threshold, bins[-1]), color="0.3", lw=1, ls=":", label="threshold")
+        axes.set(xlabel="anomaly score (the highest 1% in the last bar)", ylabel="share of rows")
+        axes.legend(frameon=False)
+
+    return _svg(draw, "Anomaly scores of normal and of new rows")
+
+
 def curves(evaluations: list[dict[str, Any]], names: list[str]) -> Markup | None:
     """Accuracy under attack against ε of several models, certified ones dashed."""
     if any(evaluation["curve"] is None for evaluation in evaluations):

@@ -1,0 +1,254 @@
+"""The detectors: scikit-learn's contract, scores against definitions, calibration, bad input."""
+
+import pickle
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.ensemble import IsolationForest
+from sklearn.neighbors import NearestNeighbors
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+import robustlearn as rl
+from robustlearn.anomaly import HardNegativeDetector, MeanNeighborDetector, p_values
+from robustlearn.anomaly.scaling import by_range, by_rank
+from robustlearn.errors import InputError
+
+QUICK = {"steps": 20, "batch_size": 32, "critics": 2, "width": 16, "random_state": 0}
+
+
+def normal(rows, features=3, seed=0):
+    return np.random.default_rng(seed).normal(size=(rows, features))
+
+
+def quick(**options):
+    return HardNegativeDetector(**{**QUICK, **options})
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.SkipTestWarning")
+@parametrize_with_checks([MeanNeighborDetector(), HardNegativeDetector(**QUICK)])
+def test_the_contract_of_scikit_learn(estimator, check):
+    check(estimator)
+
+
+# ---------------------------------------------------------------- scores
+
+
+def test_the_baseline_is_the_mean_distance_to_the_five_nearest():
+    x, new = normal(200), normal(30, seed=1)
+    detector = MeanNeighborDetector().fit(x)
+    centre, spread = x.mean(0), x.std(0)
+    search = NearestNeighbors(n_neighbors=5).fit((x - centre) / spread)
+    expected = search.kneighbors((new - centre) / spread)[0].mean(1)
+    np.testing.assert_allclose(detector.anomaly_score(new), expected, rtol=1e-12)
+
+
+def test_a_training_row_is_not_its_own_neighbour_but_its_copy_is():
+    x = np.r_[normal(50), normal(1, seed=7), normal(1, seed=7)]
+    detector = MeanNeighborDetector(n_neighbors=1).fit(x)
+    scores = detector.anomaly_score(x)
+    assert (scores[:50] > 0).all()
+    assert (scores[50:] == 0).all()
+    np.testing.assert_array_equal(np.sort(-scores), detector.calibration_)
+
+
+@pytest.mark.parametrize("kind", ["fused", "feature", "logit"])
+def test_every_kind_of_score_ranks_far_rows_last(kind):
+    detector = quick(kind=kind, steps=150).fit(normal(300))
+    scores = detector.anomaly_score(np.r_[normal(50, seed=1), 8 + normal(50, seed=2)])
+    assert scores[:50].max() < np.median(scores[50:])
+
+
+def test_scores_do_not_change_with_the_unit_of_a_feature():
+    x, new = normal(200), normal(20, seed=1)
+    unit, shift = np.array([1e-3, 1.0, 1e4]), np.array([5.0, 0.0, -100.0])
+    before = quick(critics=0).fit(x).score_samples(new)
+    after = quick(critics=0).fit(x * unit + shift).score_samples(new * unit + shift)
+    np.testing.assert_allclose(after, before, rtol=1e-6)
+
+
+def test_the_map_by_rank_undoes_a_monotone_transformation_up_to_its_second_half():
+    x = torch.from_numpy(normal(100, 1))  # every row a knot
+    straight, bent = by_rank(x), by_rank(x.exp())
+    mine = straight(x) - 0.5 * torch.asinh(straight.centre(x))
+    other = bent(x.exp()) - 0.5 * torch.asinh(bent.centre(x.exp()))
+    assert (mine - other).abs().max() < 1e-6
+    assert bool((straight(x).sort(0).values.diff(dim=0) >= 0).all())
+
+
+def test_the_same_seed_gives_the_same_detector_and_it_survives_pickling():
+    x, new = normal(100), normal(20, seed=1)
+    one, two = quick().fit(x), quick().fit(x)
+    np.testing.assert_array_equal(one.score_samples(new), two.score_samples(new))
+    again = pickle.loads(pickle.dumps(one))
+    np.testing.assert_array_equal(again.score_samples(new), one.score_samples(new))
+
+
+def test_scores_have_exact_gradients():
+    detector = quick().fit(normal(100))
+    network = detector.as_network()
+    x = torch.from_numpy(normal(6, seed=1)).requires_grad_()
+    assert torch.autograd.gradcheck(network, x, eps=1e-7, atol=1e-4)
+    np.testing.assert_allclose(
+        network(x).detach(), detector.decision_function(x.detach().numpy()), atol=1e-9
+    )
+
+
+# ---------------------------------------------------------------- calibration
+
+
+def test_p_values_by_definition():
+    calibration, scores = np.sort(normal(40, 1)[:, 0]), normal(10, 1, seed=1)[:, 0]
+    expected = [(1 + sum(c <= s for c in calibration)) / 41 for s in scores]
+    np.testing.assert_allclose(p_values(calibration, scores), expected)
+
+
+@pytest.mark.parametrize("detector", [MeanNeighborDetector, quick])
+@pytest.mark.parametrize("calibration", ["bagged", 0.5])
+def test_the_rate_of_false_alarms_that_was_asked_for_is_kept(detector, calibration):
+    rates = []
+    for seed in range(6):
+        x = normal(1200, seed=seed)
+        fitted = detector(calibration=calibration, false_alarm=0.1, random_state=seed).fit(x[:400])
+        rates.append((fitted.predict(x[400:]) == -1).mean())
+        flagged = fitted.p_values(x[400:]) <= 0.1
+        np.testing.assert_array_equal(flagged, fitted.predict(x[400:]) == -1)
+    assert abs(np.mean(rates) - 0.1) < 0.03  # sd of a mean of six about .01
+
+
+def test_a_share_of_contamination_is_flagged_in_training():
+    x = normal(200)
+    assert (quick(contamination=0.2).fit(x).predict(x) == -1).sum() == 40
+
+
+# ---------------------------------------------------------------- streams
+
+
+def test_a_stream_keeps_a_bounded_number_of_rows_and_follows_the_data():
+    detector = quick(max_rows=150)
+    for seed in range(4):
+        detector.partial_fit(normal(100, seed=seed))
+    assert len(detector.rows_) == 150
+    far = 6 + normal(100, seed=9)
+    assert (detector.predict(far) == -1).mean() > 0.9
+    for seed in range(10, 20):
+        detector.partial_fit(6 + normal(100, seed=seed))
+    assert (detector.predict(far) == -1).mean() < 0.2
+    with pytest.raises(InputError, match="partial_fit calibrates"):
+        quick(calibration=0.2).partial_fit(far)
+
+
+# ---------------------------------------------------------------- explanations and attacks
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_an_explanation_is_accepted_near_and_sparse(p):
+    x = normal(300)
+    detector = MeanNeighborDetector().fit(x)
+    row = np.array([[0.0, 9.0, 0.0]])
+    (found,) = detector.explain(row, p=p)
+    assert detector.predict(found.accepted[None]) == 1
+    unit = by_range(torch.from_numpy(x)).divisor.numpy()
+    assert found.distance == pytest.approx(np.linalg.norm((found.accepted - row[0]) / unit, p))
+    j, before, after = found.features[0]
+    assert (j, before) == (1, 9.0)
+    assert after < 4
+    steps = np.linspace(0, 1, 400)[:, None]  # no accepted point much nearer on the way in
+    way = row * (1 - steps)
+    nearest = way[np.argmax(detector.predict(way) == 1)]
+    assert found.distance <= 1.05 * np.linalg.norm((nearest - row[0]) / unit, p)
+    assert detector.explain(np.zeros((1, 3))) == [None]
+
+
+def test_evaluate_takes_a_detector_and_tells_evasion_from_false_alarm():
+    detector = MeanNeighborDetector(random_state=0).fit(normal(200))
+    x = np.r_[normal(10, seed=1) / 2, 3.2 + 0 * normal(10, seed=2)]
+    y = np.r_[np.ones(10), -np.ones(10)].astype(int)
+    weak, strong = (
+        rl.evaluate(detector, x, y, rl.LpBall(2, eps), attacks=["pgd"], certify="none")
+        for eps in (1e-6, 20.0)
+    )
+    assert weak.clean.value == weak.attacked.value == 1.0
+    assert strong.attacked.value == 0.0
+
+
+def test_other_detectors_are_black_boxes_of_the_same_two_classes():
+    forest = IsolationForest(n_estimators=5, random_state=0).fit(normal(100))
+    model, x = rl.wrap(forest), torch.from_numpy(normal(20, seed=1))
+    assert not model.differentiable
+    assert model.classes.tolist() == [-1, 1]
+    np.testing.assert_array_equal(model.classes[model(x).argmax(1)], forest.predict(x.numpy()))
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("make", [MeanNeighborDetector, quick])
+class TestBadInput:
+    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    def test_what_is_not_a_number(self, make, value):
+        x = normal(20)
+        x[3, 1] = value
+        with pytest.raises(InputError, match="impute"):
+            make().fit(x)
+
+    def test_categories(self, make):
+        with pytest.raises(InputError, match="encode text and categories"):
+            make().fit(pd.DataFrame({"a": [1.0, 2.0, 3.0], "b": ["x", "y", "x"]}))
+
+    def test_one_row(self, make):
+        with pytest.raises(InputError, match="minimum of 2"):
+            make().fit(normal(1))
+
+    @pytest.mark.parametrize(
+        "x",
+        [
+            np.c_[normal(60), np.full(60, 7.0)],
+            normal(3),
+            normal(60, 1),
+            np.repeat(normal(4), 15, axis=0),
+            np.zeros((10, 2)),
+        ],
+        ids=["constant column", "fewer rows than neighbours", "one feature", "copies", "one point"],
+    )
+    def test_a_sane_result(self, make, x):
+        detector = make().fit(x)
+        scores = detector.anomaly_score(np.r_[x, x[:1] + 50])
+        assert np.isfinite(scores).all()
+        assert scores[-1] > scores[:-1].max()
+
+    def test_a_huge_outlier_in_training_does_not_hide_the_others(self, make):
+        x = np.r_[normal(200), [[1e9, 0.0, 0.0]]]
+        options = {"scaling": "range"} if make is MeanNeighborDetector else {}
+        scores = make(**options).fit(x).anomaly_score([[0.0, 0.0, 0.0], [8.0, 0.0, 0.0]])
+        assert scores[1] > scores[0]
+
+    @pytest.mark.parametrize(
+        ("option", "said"),
+        [
+            ({"contamination": 0.7}, "contamination must be"),
+            ({"false_alarm": 0}, "false_alarm must be"),
+            ({"calibration": 0.01}, "holds out 0 of 20 rows"),
+            ({"max_rows": 1}, "max_rows must be"),
+        ],
+    )
+    def test_options(self, make, option, said):
+        with pytest.raises(InputError, match=said):
+            make(**option).fit(normal(20))
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ({"kind": "both"}, "kind must be one of"),
+        ({"critics": 0, "kind": "logit"}, "critics=0: give some"),
+        ({"loss": "began"}, "reads the critic's errors"),
+        ({"loss": "no such"}, "there is no adversarial loss"),
+        ({"device": "no such"}, "cannot be used"),
+        ({"logit_weight": -1}, "logit_weight must be"),
+    ],
+)
+def test_options_of_the_critics(option, said):
+    with pytest.raises(InputError, match=said):
+        quick(**option).fit(normal(20))

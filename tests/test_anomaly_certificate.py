@@ -1,0 +1,76 @@
+"""The bracket of a detector: proven ≤ true ≤ attacked, and bounds that no point passes."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import robustlearn as rl
+from robustlearn.anomaly import HardNegativeDetector, MeanNeighborDetector
+
+
+def rows(count, seed):
+    return np.random.default_rng(seed).normal(size=(count, 3)) * [1.0, 10.0, 0.1]
+
+
+DETECTORS = {
+    "mean distance": MeanNeighborDetector(),
+    "by range": MeanNeighborDetector(scaling="range"),
+    "by rank": MeanNeighborDetector(scaling="rank"),
+    "hard negatives": HardNegativeDetector(steps=20, critics=2, random_state=0),
+    "not local": HardNegativeDetector(critics=0, local=False, random_state=0),
+}
+THREATS = {
+    "l1": rl.LpBall(1, 0.3, scale=np.array([1.0, 10.0, 0.1])),
+    "l2": rl.LpBall(2, 0.3, scale=np.array([1.0, 10.0, 0.1])),
+    "linf": rl.LpBall(math.inf, 0.3, scale=np.array([1.0, 10.0, 0.1])),
+    "masked": rl.LpBall(2, 3.0, mask=np.array([True, False, True])),
+    "walled": rl.LpBall(math.inf, 5.0, lower=-1.0, upper=1.0, mask=np.array([True, False, True])),
+}
+
+
+@pytest.fixture(scope="module", params=DETECTORS)
+def detector(request):
+    return DETECTORS[request.param].fit(rows(150, 0))
+
+
+@pytest.mark.parametrize("name", THREATS)
+def test_no_point_of_the_threat_passes_the_bounds(detector, name):
+    threat, network = THREATS[name], detector.as_network()
+    x = torch.from_numpy(np.r_[rows(10, 1), rows(10, 2) * 3, detector.rows_[:5].numpy()])
+    if name == "walled":
+        x[:, [0, 2]] = x[:, [0, 2]].clamp(-1, 1)
+    low, high = network.enclosed(x, threat)
+    moves = torch.cat([threat.sample(x, seed) for seed in range(30)])
+    again = x.repeat(30, 1)
+    gradient = torch.from_numpy(rows(len(again), 3))
+    for delta in (moves, threat.argmax(gradient, again), torch.zeros_like(again)):
+        z = network(threat.restrict(again, delta)).detach()
+        assert bool((z >= low.repeat(30) - 1e-9).all())
+        assert bool((z <= high.repeat(30) + 1e-9).all())
+
+
+def test_the_bounds_of_a_mean_distance_are_met_far_from_all_rows():
+    """There all neighbours lie in one direction, and the distance to them is linear."""
+    detector = MeanNeighborDetector(scaling="none").fit(rows(150, 0))
+    x = torch.tensor([[1e6, 0.0, 0.0]], dtype=torch.float64)
+    low, high = detector.score_.enclosed(x, rl.LpBall(2, 10.0))
+    here = detector.score_(x)
+    toward = detector.score_(x - torch.tensor([[10.0, 0.0, 0.0]]))
+    assert float(toward - low) < 1e-3
+    assert 10.0 - 1e-3 < float(high - here) < 11.0  # and one neighbour more, for a copy
+
+
+def test_certified_is_at_most_attacked_and_the_radius_is_that_of_the_bound(detector):
+    x = np.r_[rows(15, 1) / 2, rows(15, 2) * 6]
+    y = detector.predict(x)
+    threat = rl.LpBall(2, 0.2, scale=np.array([1.0, 10.0, 0.1]))
+    report = rl.evaluate(detector, x, y, threat, attacks=["pgd"])
+    assert report.certificate["method"] == "enclosure"
+    assert 0 < report.certified.value <= report.attacked.value <= report.clean.value
+    found = rl.certify(detector, x, threat)
+    for factor, expected in ((0.999, True), (1.001, False)):
+        within = rl.LpBall(2, torch.from_numpy(found.radius * factor), scale=threat.scale)
+        kept = found.radius > 1e-4
+        assert (rl.certify(detector, x, within).certified == expected)[kept].all()
