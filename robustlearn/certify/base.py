@@ -103,8 +103,8 @@ def certify(
         raise InputError(
             f"no certificate applies to {model.name}: there are {', '.join(CERTIFICATES)}, for "
             "linear models (an affine torch network, or a linear scikit-learn estimator behind "
-            "affine steps), ensembles of trees, chains of known layers, modules that bound their own "
-            "output, and anything smoothed"
+            "affine steps), ensembles of trees, chains of known layers, modules that bound their "
+            "own output, and anything smoothed"
         )
     result: Certificate = CERTIFICATES[names[0]].function(model, points, threat, labels)
     return result
