@@ -147,6 +147,18 @@ def test_worst_margin_and_radius_are_those_of_enumeration(kind, classes, options
     assert (bound.certified <= certificate.certified).all()
 
 
+@pytest.mark.parametrize(("p", "truth"), [(math.inf, 0.4), (2, 0.4 * 2**0.5), (1, 0.8), (0, 2)])
+def test_the_radius_where_no_leaf_is_far_but_both_together_are(p, truth):
+    """Class 1 needs both features beyond 0.5; each stump is reached by moving one of them."""
+    side = np.linspace(0, 1, 21)[np.arange(21) != 10]
+    x = np.array(list(itertools.product(side, side)))
+    boosted = ensemble.GradientBoostingClassifier(n_estimators=40, max_depth=1, random_state=0)
+    boosted.fit(x, (x > 0.5).all(1).astype(int))
+    threat = rl.LpBall(p, 0.41 if p else 1)
+    certificate = rl.certify(boosted, [[0.1, 0.1]], threat, y=[0])
+    assert certificate.radius[0] == pytest.approx(truth, rel=2e-3)
+
+
 @pytest.mark.parametrize("p", [math.inf, 2, 0])
 @pytest.mark.parametrize("kind", ["RandomForestRegressor", "GradientBoostingRegressor"])
 def test_the_interval_of_a_regressor_is_that_of_enumeration(kind, p):
