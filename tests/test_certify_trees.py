@@ -174,6 +174,31 @@ def test_the_interval_of_a_regressor_is_that_of_enumeration(kind, p):
     np.testing.assert_allclose(attacked, certificate.loss, atol=1e-9)
 
 
+@pytest.mark.parametrize("p", [0, 1, 2, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_attack_keeps_the_contract_of_every_attack(p, dtype):
+    """As tests/test_attacks.py has it for networks."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.rand(9, 1, 2, 3, generator=generator, dtype=torch.float64).to(dtype)
+    rows = torch.rand(200, 6, generator=generator, dtype=torch.float64).numpy()
+    forest = ensemble.RandomForestClassifier(8, max_depth=4, random_state=0)
+    model = rl.wrap(forest.fit(rows, (3 * rows.mean(1)).astype(int)))
+    y = model(x).argmax(1)
+    eps = torch.linspace(0, {0: 3, 1: 1.0}.get(p, 0.4), len(x), dtype=torch.float64)
+    threat = rl.LpBall(p, eps, lower=0.0, upper=1.0, mask=torch.rand(1, 2, 3) < 0.8)
+    kept = x.clone()
+    x_adv = tree_exact(model, x, y, threat)
+    assert (x_adv.shape, x_adv.dtype) == (x.shape, dtype)
+    assert threat.contains(x, x_adv).all()
+    assert torch.equal(x_adv[0], x[0])
+    assert torch.equal(x, kept)
+    order = torch.tensor([4, 1, 8, 0, 2, 6, 3, 7, 5])
+    again = tree_exact(model, x[order], y[order], threat.select(order))
+    assert torch.equal(again, x_adv[order])
+    assert tree_exact(model, x[:0], y[:0], threat).shape == (0, 1, 2, 3)
+    assert losses.margin(model(x_adv), y).mean() < losses.margin(model(x), y).mean() - 0.01
+
+
 # ---------------------------------------------------------------------- MILP
 
 
