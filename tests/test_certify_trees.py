@@ -147,6 +147,18 @@ def test_worst_margin_and_radius_are_those_of_enumeration(kind, classes, options
     assert (bound.certified <= certificate.certified).all()
 
 
+@pytest.mark.parametrize(("p", "truth"), [(math.inf, 0.4), (2, 0.4 * 2**0.5), (1, 0.8), (0, 2)])
+def test_the_radius_where_no_leaf_is_far_but_both_together_are(p, truth):
+    """Class 1 needs both features beyond 0.5; each stump is reached by moving one of them."""
+    side = np.linspace(0, 1, 21)[np.arange(21) != 10]
+    x = np.array(list(itertools.product(side, side)))
+    boosted = ensemble.GradientBoostingClassifier(n_estimators=40, max_depth=1, random_state=0)
+    boosted.fit(x, (x > 0.5).all(1).astype(int))
+    threat = rl.LpBall(p, 0.41 if p else 1)
+    certificate = rl.certify(boosted, [[0.1, 0.1]], threat, y=[0])
+    assert certificate.radius[0] == pytest.approx(truth, rel=2e-3)
+
+
 @pytest.mark.parametrize("p", [math.inf, 2, 0])
 @pytest.mark.parametrize("kind", ["RandomForestRegressor", "GradientBoostingRegressor"])
 def test_the_interval_of_a_regressor_is_that_of_enumeration(kind, p):
@@ -160,6 +172,31 @@ def test_the_interval_of_a_regressor_is_that_of_enumeration(kind, p):
         assert certificate.lower[row] == pytest.approx(float(values.min()), abs=1e-9)
         assert certificate.upper[row] == pytest.approx(float(values.max()), abs=1e-9)
     np.testing.assert_allclose(attacked, certificate.loss, atol=1e-9)
+
+
+@pytest.mark.parametrize("p", [0, 1, 2, math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_attack_keeps_the_contract_of_every_attack(p, dtype):
+    """As tests/test_attacks.py has it for networks."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.rand(9, 1, 2, 3, generator=generator, dtype=torch.float64).to(dtype)
+    rows = torch.rand(200, 6, generator=generator, dtype=torch.float64).numpy()
+    forest = ensemble.RandomForestClassifier(8, max_depth=4, random_state=0)
+    model = rl.wrap(forest.fit(rows, (3 * rows.mean(1)).astype(int)))
+    y = model(x).argmax(1)
+    eps = torch.linspace(0, {0: 3, 1: 1.0}.get(p, 0.4), len(x), dtype=torch.float64)
+    threat = rl.LpBall(p, eps, lower=0.0, upper=1.0, mask=torch.rand(1, 2, 3) < 0.8)
+    kept = x.clone()
+    x_adv = tree_exact(model, x, y, threat)
+    assert (x_adv.shape, x_adv.dtype) == (x.shape, dtype)
+    assert threat.contains(x, x_adv).all()
+    assert torch.equal(x_adv[0], x[0])
+    assert torch.equal(x, kept)
+    order = torch.tensor([4, 1, 8, 0, 2, 6, 3, 7, 5])
+    again = tree_exact(model, x[order], y[order], threat.select(order))
+    assert torch.equal(again, x_adv[order])
+    assert tree_exact(model, x[:0], y[:0], threat).shape == (0, 1, 2, 3)
+    assert losses.margin(model(x_adv), y).mean() < losses.margin(model(x), y).mean() - 0.01
 
 
 # ---------------------------------------------------------------------- MILP

@@ -132,8 +132,8 @@ def test_regressors_have_both_bounds():
 
 def test_a_black_box_is_attacked_by_its_scores(iris):
     x, y = iris
-    forest = RandomForestClassifier(20, random_state=0).fit(x, y)
-    report = rl.evaluate(forest, x, y, rl.LpBall(math.inf, 0.5), attacks="quick")
+    forest = make_pipeline(FunctionTransformer(), RandomForestClassifier(20, random_state=0))
+    report = rl.evaluate(forest.fit(x, y), x, y, rl.LpBall(math.inf, 0.5), attacks="quick")
     assert report.certified is None
     assert report.attacked.value < report.clean.value - 0.1
     by = {s.broken_by for s in report.samples} - {None}

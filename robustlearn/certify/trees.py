@@ -179,10 +179,17 @@ class _Worst:
         return Least(proven, math.inf, None, spent)
 
     def _beyond(self, row: int, eps: float) -> float:
-        """Return the radius if all within ε is safe: for p = ∞ and 0 up to the next leaf."""
-        if not self.jumps:
-            return eps if (self.far[row] > eps).any() else math.inf
-        return float(np.where(self.far[row] > eps, self.far[row], np.inf).min())
+        """Return the radius if all within ε is safe; infinite if nothing is farther than ε.
+
+        For p = ∞ leaves that meet do so at the largest of their distances, hence at that of the
+        next leaf; for other p they may meet at d^(1/p) times it, and counts are whole.
+        """
+        far, p = self.far[row], self.space.p
+        if math.isinf(p):
+            return float(np.where(far > eps, far, np.inf).min())
+        d = self.x.shape[1]
+        farthest = d ** (1 / p) * far[np.isfinite(far)].max() if p else d
+        return math.inf if eps >= farthest else math.floor(eps) + 1.0 if p == 0 else eps
 
     def _distance(self, row: int, point: Array) -> float:
         space = self.space.at(row)
