@@ -22,7 +22,10 @@ bench: .venv/peers
 	$(BIN)/python benchmarks/linear.py --full --out benchmarks/results/linear.csv
 	$(BIN)/python benchmarks/evaluation.py --full --out benchmarks/results/evaluation.csv
 	$(BIN)/python benchmarks/diagnostics.py --full --out benchmarks/results/diagnostics.csv
-	$(BIN)/python benchmarks/anomaly.py --full --out benchmarks/results/anomaly.csv
+	$(BIN)/python benchmarks/anomaly.py --full --table 1 --out benchmarks/results/anomaly_fast.csv
+	$(BIN)/python benchmarks/anomaly.py --full --table 2 --out benchmarks/results/anomaly_peers.csv
+	$(BIN)/python benchmarks/anomaly.py --full --table 3 --out benchmarks/results/anomaly_pieces.csv
+	$(BIN)/python benchmarks/anomaly.py --full --table 4 --out benchmarks/results/anomaly_growth.csv
 
 clean:
 	rm -rf .venv robustness-report build dist *.egg-info .*_cache .hypothesis

@@ -1,5 +1,7 @@
 """The detectors: scikit-learn's contract, scores against definitions, calibration, bad input."""
 
+import doctest
+import importlib
 import pickle
 
 import numpy as np
@@ -7,11 +9,13 @@ import pandas as pd
 import pytest
 import torch
 from sklearn.ensemble import IsolationForest
+from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import robustlearn as rl
 from robustlearn.anomaly import HardNegativeDetector, MeanNeighborDetector, p_values
+from robustlearn.anomaly import detector as detector_module
 from robustlearn.anomaly.scaling import by_range, by_rank
 from robustlearn.errors import InputError
 
@@ -30,6 +34,12 @@ def quick(**options):
 @parametrize_with_checks([MeanNeighborDetector(), HardNegativeDetector(**QUICK)])
 def test_the_contract_of_scikit_learn(estimator, check):
     check(estimator)
+
+
+@pytest.mark.parametrize("name", ["baseline", "conformal", "detector"])
+def test_the_examples(name):
+    module = importlib.import_module(f"robustlearn.anomaly.{name}")
+    assert doctest.testmod(module, raise_on_error=True).attempted
 
 
 # ---------------------------------------------------------------- scores
@@ -252,3 +262,30 @@ class TestBadInput:
 def test_options_of_the_critics(option, said):
     with pytest.raises(InputError, match=said):
         quick(**option).fit(normal(20))
+
+
+def test_where_rows_repeat_distances_are_plain(monkeypatch):
+    random = np.random.default_rng(0)
+    few, odd = random.poisson(0.2, (600, 5)), random.integers(0, 6, (600, 5))
+    normal_rows = np.where(random.random((600, 1)) < 0.06, odd, few).astype(float)
+    strange = random.integers(0, 6, (100, 5)).astype(float)
+    train, test = normal_rows[:300], np.r_[normal_rows[300:], strange]
+    label = np.r_[np.zeros(300), np.ones(100)]
+
+    def area():
+        found = quick(critics=0).fit(train).anomaly_score(test)
+        return roc_auc_score(label, found)
+
+    plain = roc_auc_score(label, MeanNeighborDetector().fit(train).anomaly_score(test))
+    assert area() > plain - 0.005
+    monkeypatch.setattr(detector_module, "COPIES", np.inf)  # always local
+    assert area() < plain - 0.05
+
+
+def test_distances_are_local_where_no_row_repeats():
+    dense, sparse = normal(150) * 0.05, 5 + normal(150, seed=1)
+    detector = quick(critics=0).fit(np.r_[dense, sparse])
+    near_dense, in_sparse = np.full((1, 3), 0.8), np.full((1, 3), 5.8)
+    assert detector.anomaly_score(near_dense) > detector.anomaly_score(in_sparse)
+    plain = MeanNeighborDetector().fit(np.r_[dense, sparse])
+    assert plain.anomaly_score(near_dense) < 3 * plain.anomaly_score(in_sparse)
