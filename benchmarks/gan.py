@@ -31,7 +31,7 @@ from robustlearn.gan.regularizers import spectral
 
 NOISE, WIDTH, BATCH = 2, 64, 256
 DEPTH = {"generator": 6, "critic": 3}
-STEPS = {"8-ring": 3000, "25-grid": 8000}
+STEPS = {"8-ring": 5000, "25-grid": 12_000}
 STEPS_AN_EPOCH = 500
 GAMMA = {"8-ring": 0.004, "25-grid": 0.02}
 DATA = {"8-ring": ring, "25-grid": grid}
