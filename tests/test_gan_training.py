@@ -142,6 +142,8 @@ def test_collapse_is_told_in_the_second_half():
                 watch(modules)
             assert len(told) == warned
             assert all(said in str(w.message) and "packing" in str(w.message) for w in told)
+    away, modules = watching(networks()[1], Still(mixture.centres * 1.2))
+    away(modules)  # far from all modes alike: no collapse
     good, modules = watching(networks()[1], Still(mixture.sample(300, seed=5)), known=mixture)
     figures = good(modules)  # no warning, or the test fails
     assert (figures["modes"], figures["accuracy"]) == (8, 0.5)
