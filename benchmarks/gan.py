@@ -31,7 +31,7 @@ from robustlearn.gan.regularizers import spectral
 
 NOISE, WIDTH, BATCH = 2, 64, 256
 DEPTH = {"generator": 6, "critic": 3}
-STEPS = {"8-ring": 3000, "25-grid": 8000}
+STEPS = {"8-ring": 5000, "25-grid": 12_000}
 STEPS_AN_EPOCH = 500
 GAMMA = {"8-ring": 0.004, "25-grid": 0.02}
 DATA = {"8-ring": ring, "25-grid": grid}
@@ -125,6 +125,7 @@ def measure(data: str, name: str, method: Method, seed: int, steps: int) -> dict
     """Train a generator and return its row."""
     mixture: Mixture = DATA[data]()
     epoch = min(steps, STEPS_AN_EPOCH)
+    count = 10_000 if epoch == STEPS_AN_EPOCH else 500
     torch.manual_seed(seed)
     generator = perceptron(NOISE, 2, width=WIDTH, depth=DEPTH["generator"])
     started = time.process_time()
@@ -143,11 +144,12 @@ def measure(data: str, name: str, method: Method, seed: int, steps: int) -> dict
             epochs=steps // epoch,
             batch_size=BATCH,
             known=mixture,
+            compare=count // 10,
             seed=seed,
             **method.options,
         )
     seconds = time.process_time() - started
-    fake, real = result.sample(10_000, seed=seed + 1), mixture.sample(10_000, seed=seed + 1000)
+    fake, real = result.sample(count, seed=seed + 1), mixture.sample(count, seed=seed + 1000)
     found = mode_coverage(fake, mixture.centres, mixture.std)
     return {
         "data": data,

@@ -205,6 +205,24 @@ def test_mmd_is_that_of_two_normals():
     assert error < 0.005
 
 
+def test_mmd_leaves_out_what_is_compared_with_itself():
+    """The mean over pairs i ≠ j, written out for three samples a side."""
+    real, fake = [0.0, 0.5, 2.0], [1.0, -1.0, 0.3]
+
+    def k(a, b):
+        return math.exp(-((a - b) ** 2) / (2 * 0.7**2))
+
+    wanted = [
+        k(real[i], real[j]) + k(fake[i], fake[j]) - k(real[i], fake[j]) - k(real[j], fake[i])
+        for i in range(3)
+        for j in range(3)
+        if i != j
+    ]
+    columns = [torch.tensor(part, dtype=torch.float64)[:, None] for part in (real, fake)]
+    found = losses.get("mmd:sigma=0.7").generator(*columns)
+    assert float(found.mean()) == pytest.approx(sum(wanted) / 6)
+
+
 def test_feature_matching_is_the_method_of_moments():
     """With f(x) = (x, x²) its slope pulls the moments together; 0 on equal batches."""
     pair = losses.get("feature_matching")

@@ -15,7 +15,7 @@ from robustlearn.gan.mixtures import Mixture
 
 SURE = 0.95  # accuracy of a critic that is hardly ever deceived
 WEAK = 0.01  # |∂ℓ/∂D| under which a generator hardly moves; it is ½ at the start
-BLIND = 0.5  # share of real samples outside the generated ones that speaks of collapse
+BLIND = 0.5  # recall of less than so much of the precision speaks of collapse
 FAR = 2.0  # times the distance of the untrained generator
 LARGE = 1e4  # a score beyond any use
 
@@ -100,7 +100,7 @@ class Watch:
         if self.known is not None:
             modes, all_of_them = int(figures["modes"]), len(self.known.centres)
             return f"{modes} of {all_of_them} modes have their share" if modes < all_of_them else ""
-        if figures["recall"] >= BLIND:
+        if not figures["recall"] < BLIND * figures["precision"]:
             return ""
         return f"{figures['recall']:.1%} of the real samples lie among the generated ones"
 
