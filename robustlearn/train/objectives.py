@@ -132,7 +132,12 @@ def options_of(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def objective(
-    *, classes_only: bool = False, single_step: bool = False, replays: int = 1, **ranges: Range
+    *,
+    classes_only: bool = False,
+    single_step: bool = False,
+    replays: int = 1,
+    keeps: bool = True,
+    **ranges: Range,
 ) -> Callable[[Function], Function]:
     """File a function as an objective.
 
@@ -142,6 +147,7 @@ def objective(
     single_step : whether its adversary takes one step from a random point, and so may be fooled
         by a network whose gradient is masked (catastrophic overfitting).
     replays : how often each mini-batch is played, with its perturbations kept.
+    keeps : whether an ascent can start where the sample's perturbation stood an epoch ago.
     ranges : of options that are not those in ``OWN``.
     """
 
@@ -158,6 +164,7 @@ def objective(
             classes_only=classes_only,
             single_step=single_step,
             replays=replays,
+            keeps=keeps,
             ranges={**OWN, **ranges},
         )(run)
         return run  # type: ignore[return-value]
@@ -193,7 +200,7 @@ def _told(loss: Tensor, points: Tensor, output: Tensor, y: Tensor, criterion: Cr
     return Outcome(loss, points, metrics)
 
 
-@objective()
+@objective(keeps=False)
 def standard(
     model: nn.Module,
     x: Tensor,
@@ -213,7 +220,7 @@ def standard(
     return _told(criterion(output, y), x, output, y, criterion)
 
 
-@objective()
+@objective(keeps=False)
 def gaussian(
     model: nn.Module,
     x: Tensor,
@@ -256,7 +263,7 @@ def fgsm(
     return _told(criterion(output, y), points, output, y, criterion)
 
 
-@objective(single_step=True)
+@objective(single_step=True, keeps=False)
 def n_fgsm(
     model: nn.Module,
     x: Tensor,
@@ -291,7 +298,7 @@ def n_fgsm(
     return _told(criterion(output, y), points, output, y, criterion)
 
 
-@objective(single_step=True, replays=4)
+@objective(single_step=True, replays=4, keeps=False)
 def free(
     model: nn.Module,
     x: Tensor,

@@ -317,7 +317,7 @@ def _check_labels(net: nn.Module, samples: Samples) -> None:
 
 
 def _memory(wanted: bool | str | Path, samples: Samples, objective: str) -> Memory | None:
-    if wanted is False or objective in ("standard", "gaussian", "free", "n_fgsm"):
+    if wanted is False or not OBJECTIVES[objective].facts["keeps"]:
         return None
     if samples.augment is not None:
         raise InputError("kept perturbations belong to unchanged samples: memory=False to augment")
