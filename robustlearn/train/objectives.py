@@ -134,7 +134,6 @@ def options_of(text: str) -> tuple[str, dict[str, Any]]:
 def objective(
     *,
     classes_only: bool = False,
-    single_step: bool = False,
     replays: int = 1,
     keeps: bool = True,
     **ranges: Range,
@@ -144,8 +143,6 @@ def objective(
     Parameters
     ----------
     classes_only : whether it is for classifiers alone.
-    single_step : whether its adversary takes one step from a random point, and so may be fooled
-        by a network whose gradient is masked (catastrophic overfitting).
     replays : how often each mini-batch is played, with its perturbations kept.
     keeps : whether an ascent can start where the sample's perturbation stood an epoch ago.
     ranges : of options that are not those in ``OWN``.
@@ -162,7 +159,6 @@ def objective(
         OBJECTIVES.register(
             function.__name__,
             classes_only=classes_only,
-            single_step=single_step,
             replays=replays,
             keeps=keeps,
             ranges={**OWN, **ranges},
@@ -243,7 +239,7 @@ def gaussian(
     return _told(criterion(output, y), points, output, y, criterion)
 
 
-@objective(single_step=True)
+@objective()
 def fgsm(
     model: nn.Module,
     x: Tensor,
@@ -263,7 +259,7 @@ def fgsm(
     return _told(criterion(output, y), points, output, y, criterion)
 
 
-@objective(single_step=True, keeps=False)
+@objective(keeps=False)
 def n_fgsm(
     model: nn.Module,
     x: Tensor,
@@ -298,7 +294,7 @@ def n_fgsm(
     return _told(criterion(output, y), points, output, y, criterion)
 
 
-@objective(single_step=True, replays=4, keeps=False)
+@objective(replays=4, keeps=False)
 def free(
     model: nn.Module,
     x: Tensor,
@@ -435,7 +431,7 @@ def margin(
     return _told(loss, points, output, y, criterion)
 
 
-@objective(single_step=True)
+@objective()
 def grad_align(
     model: nn.Module,
     x: Tensor,
