@@ -233,8 +233,8 @@ def train(
     features: Features = None,
     target: Target = None,
     objective: Annotated[
-        str, typer.Option(help="Objective with its options, as trades:beta=6:steps=3.")
-    ] = "pgd_at:steps=1:step_size=0.5",
+        str | None, typer.Option(help="Objective with its options, as trades:beta=6:steps=3.")
+    ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 30,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples a step, of all processes.")] = 64,
     optimizer: Annotated[str, typer.Option(help="adamw or sgd.")] = "adamw",

@@ -179,7 +179,7 @@ def _crafted(
     if craft.points is not None:
         return craft.points
     size = step_size if step_size is not None else 1.25 if steps == 1 else 2.5 / steps
-    start = craft.begin(x, threat)
+    start = craft.begin(x, threat) if criterion.classifies else x  # which knows the higher hill
     return ascend(
         model, x, y, threat, criterion, start=start, steps=steps, step_size=size, craft=craft
     )

@@ -24,6 +24,7 @@ from robustlearn.train.objectives import OBJECTIVES, Criterion, options_of
 from robustlearn.train.validation import Standing, validate
 
 FIGURE = "robust"  # what decides which epoch is the best
+KEPT, FRESH = "pgd_at:steps=1:step_size=0.5", "pgd_at:steps=2"  # see `fit`
 MOST_HELD_OUT = 1000
 ON_OVERFITTING = ("warn", "rollback")
 Held = tuple[Tensor, Tensor]
@@ -79,7 +80,7 @@ def fit(
     train: Any,
     threat: LpBall,
     *,
-    objective: str = "pgd_at:steps=1:step_size=0.5",
+    objective: str | None = None,
     validation: Any = 0.1,
     epochs: int = 30,
     batch_size: int | None = None,
@@ -107,7 +108,8 @@ def fit(
         (weights of classes, extra data, augmentation).
     threat : what the adversary may do.
     objective : name of an objective with its options, as ``"trades:beta=6:steps=3"``; they are
-        `robustlearn.train.OBJECTIVES`.
+        `robustlearn.train.OBJECTIVES`. By default ``"pgd_at"`` with one step of ε/2 where
+        perturbations are kept, and with two steps of 1.25ε where they are not.
     validation : (x, y) to choose the best epoch on; or the share of (x, y) in ``train`` to hold
         out for that, at most 1,000 samples; or None.
     batch_size : 64 by default: small batches do better than large ones at equal cost.
@@ -117,7 +119,8 @@ def fit(
     ramp : share of the steps during which ε grows to its full size; without it training at a
         large ε may stay at chance.
     memory : whether each sample's perturbation of the epoch before is where the next ascent
-        starts; the name of a file keeps them on disk, for one process. Not with augmentation.
+        starts; the name of a file keeps them on disk, for one process. Not with augmentation;
+        and for regressors an ascent always starts at x, where the sign of the error is right.
     awp : γ of the adversarial weight perturbation; 0 for none.
     criterion : ``"cross_entropy"``, ``"squared"``, ``"huber"`` or a `Criterion`; by default the
         first for whole labels and the second for others.
@@ -143,25 +146,27 @@ def fit(
     >>> result.report.attacked.value > 0.7
     True
     """
-    name, chosen = options_of(objective)
     numbers = {"lr": lr, "weight_decay": weight_decay, "awp": awp}
     check_options("fit", numbers, dict.fromkeys(numbers, NOT_NEGATIVE) | {"lr": POSITIVE})
     _check_rollback(on_overfitting, validation, options.get("ema"))
-    if OBJECTIVES[name].facts["replays"] > 1 and options.get("accumulate", 1) > 1:
-        raise InputError(f"{name} steps after each replay, and cannot accumulate: accumulate=1")
     if isinstance(threat.eps, Tensor):
         raise InputError("give one budget for all samples: those held out have none of their own")
     dtype = next(net.parameters()).dtype
     samples, held = _parts(train, validation, seed, dtype)
+    judge = _criterion(criterion, samples)
+    objective = objective or (KEPT if memory and judge.classifies else FRESH)
+    name, chosen = options_of(objective)
+    if OBJECTIVES[name].facts["replays"] > 1 and options.get("accumulate", 1) > 1:
+        raise InputError(f"{name} steps after each replay, and cannot accumulate: accumulate=1")
     game = RobustGame(
         modules={"model": net},
         optimizers={"model": _optimizer(optimizer, net, lr, weight_decay)},
         objective=name,
         options=chosen,
         threat=threat,
-        criterion=_criterion(criterion, samples),
+        criterion=judge,
         ramp=_share("ramp", ramp),
-        memory=_memory(memory, samples, name),
+        memory=_memory(memory, samples, name) if judge.classifies else None,
         awp=awp,
         guarded=on_overfitting == "rollback",
     )
