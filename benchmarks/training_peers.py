@@ -3,8 +3,8 @@
 `robustlearn.train.fit` is run first; every other trainer then gets the seconds that it took, with
 the same images, network, batch, optimiser, schedule and ramp of ε: a loop of ours hands it batches,
 sets learning rate and ε by the share of the seconds that is used up, and stops when they are.
-Hence trainers that know no ramp have one too. Of each peer's settings the best by images held
-apart, of the first seed, is run with the other seeds. A last row has robustlearn in half the time.
+Hence trainers that know no ramp have one too. Of all settings (steps, precision, one of two
+learning rates) the best by images held apart, of the first seed, is run with the other seeds.
 
 Peers: PGD of torchattacks in a loop written by hand, in float32 and under autocast to bfloat16;
 ART's trainers after Madry and TRADES; AT and TRADES of torchdefenses, the former name of MAIR.
@@ -18,7 +18,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -27,7 +26,20 @@ import torch
 from evaluation import Counted, draw
 from torch import Tensor, nn
 from torch.nn import functional
-from training import DEFAULT, LR, Row, Task, digits, judged, seeds, spread, tasks, trained
+from training import (
+    DEFAULT,
+    RATES,
+    Row,
+    Run,
+    Task,
+    chosen,
+    digits,
+    gradients_a_sample,
+    seeds,
+    spread,
+    tasks,
+    trained,
+)
 
 from robustlearn.loop import rate
 
@@ -131,12 +143,12 @@ PEERS: dict[str, tuple[str, dict[str, Make]]] = {  # method: its module, its set
     "torchattacks": (
         "torchattacks",
         {
-            **{f"{k} steps": by_hand(k) for k in (2, 5, 10)},
+            **{f"{k} steps": by_hand(k) for k in (2, 5)},
             **{f"{k} steps, bf16": by_hand(k, half=True) for k in (2, 5)},
         },
     ),
     "ART, Madry": ("art", {f"{k} steps": art("Madry", k) for k in (2, 5)}),
-    "ART, TRADES": ("art", {f"{k} steps": art("TRADES", k) for k in (2, 5)}),
+    "ART, TRADES": ("art", {"2 steps": art("TRADES", 2)}),
     "torchdefenses, AT": ("torchdefenses", {"2 steps": torchdefenses("AT", 2)}),
     "torchdefenses, TRADES": ("torchdefenses", {"2 steps": torchdefenses("TRADES", 2)}),
 }
@@ -147,59 +159,70 @@ PEERS: dict[str, tuple[str, dict[str, Make]]] = {  # method: its module, its set
 
 def measure(full: bool, seed: int) -> Iterator[Row]:
     """Train with each library, and judge."""
-    for task in (
-        [task for task in tasks(True) if task.name != "digits"] if full else [digits(False)]
-    ):
-        part = replace(task, gradients=round(SHARE * task.gradients))
-        chosen = {name: list(settings) for name, (_, settings) in PEERS.items()}
-        for number in seeds(full, seed):
-            ours = mine(part, number, 1.0)
-            yield ours
-            yield mine(part, number, 0.5)
-            for name, (module, settings) in PEERS.items():
-                if importlib.util.find_spec(module) is None:
-                    continue
-                found = []
-                for setting in chosen[name] if full else chosen[name][:1]:
-                    row = {"images": part.name, "method": name, "setting": setting, "seed": number}
-                    ended = timed(part, settings[setting], ours["cpu_seconds"], number)
-                    found.append({**row, **ended})
-                    yield found[-1]
-                chosen[name] = [max(found, key=lambda row: row["held"])["setting"]]
+    given = [task for task in tasks(True) if task.name != "digits"] if full else [digits(False)]
+    for task in given:
+        rates = RATES if full else RATES[:1]
+        whole = list(chosen(ours(task, SHARE), rates, task, seeds(full, seed)))
+        yield from whole
+        best = [row for row in whole if "robust" in row]
+        seconds = {row["seed"]: row["cpu_seconds"] for row in best}
+        yield from chosen(ours(task, SHARE / 2), [best[0]["lr"]], task, seeds(full, seed))
+        for name, (module, makers) in PEERS.items():
+            if importlib.util.find_spec(module) is not None:
+                settings = list(itertools.product(makers, rates))
+                run = theirs(task, name, seconds)
+                yield from chosen(run, settings if full else settings[:1], task, seeds(full, seed))
 
 
-def mine(task: Task, seed: int, share: float) -> Row:
-    """Return the row of robustlearn for a share of the task's gradients."""
-    epochs = max(1, round(share * task.gradients / 2 / len(task.train[0])))
-    net, seconds = trained(task, DEFAULT, epochs, seed, lr=LR)
-    return {
-        "images": task.name,
-        "method": "robustlearn" if share == 1 else "robustlearn, half the time",
-        "setting": f"{DEFAULT}, {task.precision}",
-        "seed": seed,
-        "samples": epochs * len(task.train[0]),
-        "cpu_seconds": seconds,
-        **judged(net, task, seed),
-    }
+def ours(task: Task, share: float) -> Callable[[Any, int], Run]:
+    """Return how robustlearn is run, for a share of the task's gradients."""
+    cost = gradients_a_sample(task, DEFAULT)  # which imports what the first run needs, too
+    epochs = max(1, round(share * task.gradients / cost / len(task.train[0])))
+
+    def run(lr: float, seed: int) -> Run:
+        net, seconds = trained(task, DEFAULT, epochs, seed, lr=lr)
+        row = {
+            "images": task.name,
+            "method": "robustlearn" if share == SHARE else "robustlearn, half the time",
+            "setting": f"{DEFAULT}, {task.precision}",
+            "lr": lr,
+            "seed": seed,
+            "samples": epochs * len(task.train[0]),
+            "cpu_seconds": seconds,
+        }
+        return net, row
+
+    return run
 
 
-def timed(task: Task, make: Make, seconds: float, seed: int) -> Row:
-    """Train until the CPU seconds are used up, and judge."""
+def theirs(task: Task, name: str, seconds: dict[int, float]) -> Callable[[Any, int], Run]:
+    """Return how a peer is run, for the seconds of each seed."""
+
+    def run(setting: tuple[str, float], seed: int) -> Run:
+        make, lr = PEERS[name][1][setting[0]], setting[1]
+        about = {"images": task.name, "method": name, "setting": setting[0], "lr": lr, "seed": seed}
+        net, spent = timed(task, make, seconds[seed], lr, seed)
+        return net, {**about, **spent}
+
+    return run
+
+
+def timed(task: Task, make: Make, seconds: float, lr: float, seed: int) -> Run:
+    """Train until the CPU seconds are used up."""
     torch.manual_seed(seed)
     net = task.build()
-    optimizer = torch.optim.AdamW(net.parameters(), LR, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.0)
     step, samples, (x, y) = make(net, optimizer), 0, task.train
     start = time.process_time()
     for rows in itertools.chain.from_iterable(orders(len(x), seed)):
         progress = (time.process_time() - start) / seconds
         if progress >= 1:
             break
-        optimizer.param_groups[0]["lr"] = LR * rate("one_cycle", progress)
+        optimizer.param_groups[0]["lr"] = lr * rate("one_cycle", progress)
         net.train()
         step(x[rows], y[rows], float(task.threat.eps) * min(1.0, progress / RAMP))
         samples += len(rows)
-    spent = time.process_time() - start
-    return {"samples": samples, "cpu_seconds": spent, **judged(net, task, seed)}
+    return net, {"samples": samples, "cpu_seconds": time.process_time() - start}
 
 
 def orders(n: int, seed: int) -> Iterator[tuple[Tensor, ...]]:
@@ -213,17 +236,29 @@ def show(rows: list[Row]) -> None:
     """Print means over seeds of the settings that were chosen."""
     for name in dict.fromkeys(row["images"] for row in rows):
         mine = [row for row in rows if row["images"] == name]
-        most = len({row["seed"] for row in mine})
         lines: list[tuple[Any, ...]] = []
-        for key in dict.fromkeys((row["method"], row["setting"]) for row in mine):
-            runs = [row for row in mine if (row["method"], row["setting"]) == key]
-            if len(runs) == most:
-                seconds = statistics.mean(row["cpu_seconds"] for row in runs)
-                thousands = statistics.mean(row["samples"] for row in runs) / 1000
-                figures = (spread(runs, figure) for figure in ("held", "robust", "clean"))
-                lines.append((*key, *figures, f"{thousands:.0f}k", f"{seconds:.0f}"))
-        names = ("method", "setting", "held, %", "robust, %", "clean, %", "samples", "CPU s")
-        draw(f"Trainers in equal time: {name}, n = {mine[0]['n']}", names, lines)
+        for method in dict.fromkeys(row["method"] for row in mine):
+            runs = [row for row in mine if row["method"] == method and "robust" in row]
+            seconds = statistics.mean(row["cpu_seconds"] for row in runs)
+            thousands = statistics.mean(row["samples"] for row in runs) / 1000
+            figures = (spread(runs, figure) for figure in ("held", "robust", "clean"))
+            best = (method, runs[0]["setting"], runs[0]["lr"])
+            lines.append((*best, *figures, f"{thousands:.0f}k", f"{seconds:.0f}"))
+        names = (
+            "method",
+            "setting",
+            "rate",
+            "held, %",
+            "robust, %",
+            "clean, %",
+            "samples",
+            "CPU s",
+        )
+        draw(
+            f"Trainers in equal time: {name}, {len({row['seed'] for row in mine})} seeds",
+            names,
+            lines,
+        )
 
 
 if __name__ == "__main__":
