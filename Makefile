@@ -22,6 +22,9 @@ bench: .venv/peers
 	$(BIN)/python benchmarks/linear.py --full --out benchmarks/results/linear.csv
 	$(BIN)/python benchmarks/evaluation.py --full --out benchmarks/results/evaluation.csv
 	$(BIN)/python benchmarks/diagnostics.py --full --out benchmarks/results/diagnostics.csv
+	$(BIN)/python benchmarks/training.py --full --out benchmarks/results/training.csv
+	$(BIN)/python benchmarks/training_peers.py --full --out benchmarks/results/training_peers.csv
+	$(BIN)/python benchmarks/training_cost.py --full --out benchmarks/results/training_cost.csv
 
 clean:
 	rm -rf .venv robustness-report build dist *.egg-info .*_cache .hypothesis
