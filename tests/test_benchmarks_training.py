@@ -26,7 +26,7 @@ def test_gradients_are_counted_outside_of_the_objectives(script):
 
 def test_a_peer_gets_its_seconds_and_the_ramp(script):
     peers = script("training_peers")
-    task, seen = peers.digits(False), []
+    task, seen = script("training").digits(False), []
 
     def make(net, optimizer):
         def step(x, y, eps):
