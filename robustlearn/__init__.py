@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from robustlearn.certify import Certificate, certify
     from robustlearn.errors import InputError
     from robustlearn.evaluate import Report, evaluate
+    from robustlearn.gan import GanResult, fit_gan
     from robustlearn.models import Model, wrap
     from robustlearn.tabular import Tabular
     from robustlearn.threats import LpBall
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Certificate",
+    "GanResult",
     "InputError",
     "LpBall",
     "Model",
@@ -31,11 +33,13 @@ __all__ = [
     "certify",
     "evaluate",
     "fit",
+    "fit_gan",
     "wrap",
 ]
 
 _HOME = {
     "Certificate": "certify",
+    "GanResult": "gan",
     "InputError": "errors",
     "LpBall": "threats",
     "Model": "models",
@@ -45,9 +49,10 @@ _HOME = {
     "certify": "certify",
     "evaluate": "evaluate",
     "fit": "train",
+    "fit_gan": "gan",
     "wrap": "models",
 }
-_MODULES = ("attacks", "data", "linear", "loop", "losses", "models", "tabular", "threats")
+_MODULES = ("attacks", "data", "gan", "linear", "loop", "losses", "models", "tabular", "threats")
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from robustlearn import _tensor
 from robustlearn.errors import InputError
 from robustlearn.loop import checkpoint, play
+from robustlearn.threats import LpBall
+from robustlearn.train.game import RobustGame
 
 N, D, CLASSES = 37, 6, 3
 
@@ -125,6 +127,15 @@ def duel():
     return {f"{n}.{k}": v for n, side in history.weights.items() for k, v in side.items()}
 
 
+def perturbed():
+    """Return the weights after training against an adversary who moves weights too."""
+    net = network()
+    optimizers = {"model": torch.optim.SGD(net.parameters(), 0.2)}
+    ball = LpBall(2, 0.3)
+    game = RobustGame({"model": net}, optimizers, "pgd_at", {"steps": 2}, ball, awp=0.3)
+    return play(game, samples(), epochs=3, batch_size=8, timeout=60).weights["model"]
+
+
 CASES = {
     "unequal parts": {"batch_size": 8},
     "fewer samples than processes": {"batch_size": 1, "epochs": 1},
@@ -150,7 +161,7 @@ def ranks(folder):
         history, weights = train(game=Noisy(), timeout=60, **options)
         found[case] = {"weights": weights, "rows": plain(history)}
         found[case] |= {"best": history.best, "stopped": history.stopped}
-    found["duel"] = duel()
+    found["duel"], found["perturbed"] = duel(), perturbed()
     history, found["whole"] = train(game=Noisy(**DEEP))
     found["whole rows"] = plain(history)
     with contextlib.suppress(KeyboardInterrupt):

@@ -1,15 +1,18 @@
 """The training loop against bare loops, closed forms, and itself after a kill."""
 
 import doctest
-import importlib
+import importlib.util
 import itertools
 import json
 import math
+import os
 import random
 import resource
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import games
 import numpy as np
@@ -153,6 +156,44 @@ def test_reduced_precision_trains_and_keeps_float32_weights():
         assert {value.dtype for value in weights.values()} == {torch.float32}
         rows = plain(history)
         assert rows[-1]["metrics"]["loss"] < rows[0]["metrics"]["loss"], precision
+
+
+class Images(Plain):
+    """Cross-entropy of a convolutional network with batch norm, and how its tensors lay."""
+
+    def __init__(self):
+        with torch.random.fork_rng([], device_type="cpu"):
+            torch.manual_seed(0)
+            conv, norm, linear = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Linear(144, 3)
+        super().__init__(net=nn.Sequential(conv, norm, nn.ReLU(), nn.Flatten(), linear))
+        self.innermost = set()
+
+    def step(self, batch, turn):
+        for values in (batch.x, self.modules["model"][0].weight):
+            self.innermost.add(values.is_contiguous(memory_format=torch.channels_last))
+        return super().step(batch, turn)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize(
+    "switch", ["channels_last", "pin_memory", pytest.param("compile", marks=pytest.mark.slow)]
+)
+def test_a_switch_for_speed_changes_no_weight(tmp_path, switch):
+    x = torch.randn(N, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    y, given = samples()[1], {"epochs": 2, "batch_size": 8}
+    bare, fast = Images(), Images()
+    play(bare, (x, y), **given)
+    play(fast, (x, y), **given, **{switch: True})
+    for name, value in bare.weights.items():
+        torch.testing.assert_close(fast.weights[name], value, rtol=1e-4, atol=1e-5)
+    assert bare.innermost == {False}
+    assert fast.innermost == {switch == "channels_last"}
+    more = {**given, "out": tmp_path, "save_every": 0.0, switch: True}
+    with pytest.raises(Fall):
+        play(Images(), (x, y), progress=stop_at(7), **more)
+    resumed = Images()
+    play(resumed, (x, y), resume=True, **more)
+    assert equal(resumed.weights, fast.weights)
 
 
 def test_fp16_halves_its_scale_until_the_gradient_is_finite():
@@ -353,8 +394,8 @@ def stop_at(number):
     """Raise at a global step, as if the machine had fallen."""
     count = iter(range(10**6))
 
-    def progress(_):
-        if next(count) == number:
+    def progress(moment):
+        if moment.validation is None and next(count) == number:
             raise Fall
 
     return progress
@@ -398,7 +439,7 @@ def test_killed_at_random_moments_it_ends_with_equal_weights(tmp_path, times, lo
     folder = tmp_path / "run"
     found = kill_and_resume(folder, times, longest)
     assert len(found) == times
-    assert len({tuple(place) for place in found}) > times // 2
+    assert len({tuple(place) for place in found}) > times // 3  # it came forward in between
     history, weights = train(folder, resume=True, **games.LONG)
     whole, expected = train(**games.LONG)
     assert equal(weights, expected)
@@ -448,14 +489,54 @@ def test_a_header_that_was_changed_is_damage(tmp_path):
     [
         ({"epochs": 4}, "epochs was 3, is 4"),
         ({"seed": 6}, "seed was 5, is 6"),
-        ({"settings": {"eps": 0.2}}, "settings was"),
-        ({"game": Noisy()}, "modules was.*optimizers was"),
+        ({"settings": {"eps": 0.2, "of": "x"}}, r"run \(settings.eps was 0.1, is 0.2\): ask"),
+        ({"game": Noisy()}, r"optimizers.model.0 was \"Adam\", is \"SGD\".*; \d+ more\)"),
+        (
+            {"game": Noisy(**{**games.DEEP, "dropout": 0.3})},
+            r"parts.3 was .Dropout.p=0.2.*, is .Dropout.p=0.3",
+        ),
     ],
 )
 def test_another_run_is_refused(tmp_path, changes, said):
-    train(tmp_path, settings={"eps": 0.1})
+    settings = {"eps": 0.1, "of": "x"}
+    train(tmp_path, settings=settings)
     with pytest.raises(InputError, match=said):
-        train(tmp_path, resume=True, **{"settings": {"eps": 0.1}, **changes})
+        train(tmp_path, resume=True, **{"settings": settings, **changes})
+
+
+CODE = """
+from torch import nn
+
+class Net(nn.Sequential):
+    def forward(self, x):
+        {comment}
+        return super().forward({factor} * x)
+"""
+
+
+@pytest.mark.parametrize("factor", [1, 2])
+def test_a_network_with_other_code_is_refused(tmp_path, factor):
+    """Of equal shapes; what is only said differently may go on."""
+
+    def game(**code):
+        path = tmp_path / f"net{code['factor']}{len(code['comment'])}.py"
+        path.write_text(CODE.format(**code))
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        made = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = made
+        spec.loader.exec_module(made)
+        return Plain(net=made.Net(*network()))
+
+    given = {"epochs": 1, "batch_size": 8, "out": tmp_path / "run"}
+    play(game(factor=1, comment="# one"), samples(), **given)
+    again = game(factor=factor, comment="# what is only said")
+    if factor == 1:
+        assert play(again, samples(), resume=True, **given).stopped == "finished"
+    else:
+        with pytest.raises(
+            InputError, match=r"\(modules.model.parts.network was \"Net \w{8}\", is"
+        ):
+            play(again, samples(), resume=True, **given)
 
 
 def test_other_data_is_refused(tmp_path):
@@ -514,6 +595,20 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="file/run cannot be made"):
         train(tmp_path / "file" / "run")
+
+
+def test_a_folder_that_cannot_be_written_to_is_named():
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o555)
+    user = os.geteuid()
+    try:
+        if user == 0:
+            os.seteuid(65534)  # root writes everywhere
+        with pytest.raises(InputError, match=r"could not be written .Permission denied"):
+            train(folder)
+    finally:
+        os.seteuid(user)
+        folder.rmdir()
 
 
 def spoil(*numbers):

@@ -17,10 +17,10 @@ def free_port():
         return door.getsockname()[1]
 
 
-def launch(world, *arguments, seconds=120):
-    """Start a script of games.py in several processes by torchrun."""
+def launch(world, *arguments, script=games.__file__, seconds=120):
+    """Start a script, by default one of games.py, in several processes by torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world)]
-    command += ["--master-port", str(free_port()), games.__file__, *map(str, arguments)]
+    command += ["--master-port", str(free_port()), script, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=seconds)
 
 
@@ -52,6 +52,14 @@ def test_two_sides_in_processes_are_those_of_one(found):
     for part in found[0]:
         for name, value in expected.items():
             torch.testing.assert_close(part["duel"][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_perturbed_weights_in_processes_are_those_of_one(found):
+    """The adversary climbs the mean over the samples of all processes."""
+    expected = games.perturbed()
+    for part in found[0]:
+        for name, value in expected.items():
+            torch.testing.assert_close(part["perturbed"][name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_a_run_of_processes_that_is_resumed_ends_with_equal_weights(found):

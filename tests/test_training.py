@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 import warnings
@@ -111,6 +112,14 @@ def test_trades_has_an_adversary_from_the_first_step_on(digits, memory):
     before = fit(plain, digits, BALL, objective="standard", **given).report
     after = fit(robust, digits, BALL, objective="trades:steps=3", **given).report
     assert after.attacked.value > before.attacked.value + 0.2
+
+
+def test_a_class_without_samples_does_not_matter(digits):
+    x, y = (part[digits[1] != 3][:400] for part in digits)
+    result = fit(network(), (x, y), BALL, epochs=6, lr=3e-3, attacks="fgsm")
+    assert result.report.clean.value > 0.5
+    assert 3 not in result.report.predictions
+    assert all(row["skipped"] == 0 for row in result.history.rows)
 
 
 def test_the_figures_of_a_validation(digits):
@@ -241,7 +250,7 @@ def test_the_command_writes_weights_and_reports(module, tmp_path, capsys):
     out = tmp_path / "run"
     assert run(command(module, out, "--attacks", "quick")) == 0
     said = capsys.readouterr()
-    assert "epoch 2: loss" in said.err
+    assert re.search(r"epoch 2: loss [.\d]+, robust [.\d]+; held out clean [.\d]+", said.err)
     assert "best epoch" in said.out
     assert set(load_file(out / "model.safetensors")) == {"1.weight", "1.bias"}
     told = json.loads((out / "training.json").read_text())
@@ -342,12 +351,16 @@ def test_two_processes_train_as_one(module, tmp_path):
             sys.executable,
             *launcher,
             "robustlearn",
-            *command(module, out, "--attacks", "none"),
+            *command(module, out, "--attacks", "fgsm"),
         ]
         subprocess.run(told, check=True, timeout=240, capture_output=True)
     one, two = (load_file(out / "model.safetensors") for out in outs)
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
+    evaluations = [json.loads((out / "report.json").read_text())["evaluations"][0] for out in outs]
+    assert [len(evaluation["samples"]) for evaluation in evaluations] == [40, 40]
+    first, second = (evaluation["attacked"]["value"] for evaluation in evaluations)
+    assert second == pytest.approx(first, abs=0.05)
 
 
 def test_the_name_is_the_function():

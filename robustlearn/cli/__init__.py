@@ -148,6 +148,7 @@ def evaluate(
     """Bound the robustness of a model from both sides and write a report."""
     from robustlearn.cli import inputs, screen
     from robustlearn.evaluate import document, evaluate, save
+    from robustlearn.evaluate.sharing import first
 
     if resume and out is None:
         raise InputError("--resume goes with --out: the folder that holds the earlier run")
@@ -178,9 +179,9 @@ def evaluate(
         )
     if out is not None:
         save([report], out, command=_command())
-    if as_json:
+    if as_json and first():
         typer.echo(json.dumps(document([report], command=_command()), indent=1, allow_nan=False))
-    elif not quiet:
+    elif not quiet and first():
         screen.show([report], out)
 
 
@@ -256,6 +257,12 @@ def train(
     ema: Annotated[float | None, typer.Option(help="Decay of a running mean of weights.")] = None,
     precision: Annotated[str, typer.Option(help="float32, bf16 or fp16.")] = "float32",
     compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="Channels innermost, for convolutions.")
+    ] = False,
+    pin_memory: Annotated[
+        bool, typer.Option("--pin-memory", help="Fetch batches from page-locked memory.")
+    ] = False,
     accumulate: Annotated[int, typer.Option(min=1, help="Batches a gradient is the mean of.")] = 1,
     clip: Annotated[float | None, typer.Option(help="Largest norm of a gradient.")] = None,
     validation: Annotated[float, typer.Option(help="Share held out to choose the epoch.")] = 0.1,
@@ -310,6 +317,8 @@ def train(
             ema=ema,
             precision=precision,
             compile=compile,
+            channels_last=channels_last,
+            pin_memory=pin_memory,
             accumulate=accumulate,
             clip=clip,
             patience=patience,

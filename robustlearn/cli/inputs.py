@@ -22,6 +22,7 @@ import robustlearn as rl
 from robustlearn import data, linear
 from robustlearn.errors import InputError
 from robustlearn.evaluate import Estimate
+from robustlearn.evaluate.sharing import first
 from robustlearn.models import Model
 from robustlearn.report import plain
 from robustlearn.tabular import from_table
@@ -67,7 +68,7 @@ def threat(
 def state(out: Path, resume: bool) -> Path:
     """Return the folder of finished batches; clear it unless the run is to go on."""
     folder = out / ".robustlearn-state"
-    if not resume:
+    if not resume and first():
         for pattern in ("question.json", "clean.npz", "*/[0-9][0-9][0-9][0-9][0-9][0-9].npz"):
             for path in folder.glob(pattern):  # what State writes, and nothing else
                 path.unlink()

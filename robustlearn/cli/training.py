@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,21 +55,28 @@ class _Bar:
     def __init__(self, shown: Any, epochs: int) -> None:
         self.shown, self.epochs = shown, epochs
         self.task = shown.add_task("training", total=None)
+        self.held_out = ""
 
     def __call__(self, moment: Moment) -> None:
         done = moment.epoch * moment.steps + moment.step
         text: dict[str, Any] = {}
-        if moment.step % RECENT == 0 or moment.step == moment.steps:
-            means = ", ".join(f"{k} {v:.3g}" for k, v in moment.means().items())
-            text["description"] = f"epoch {moment.epoch + 1}/{self.epochs}: {means}"
+        if moment.validation:
+            self.held_out = f"; held out {_told(moment.validation)}"
+        if moment.step % RECENT == 0 or moment.validation is not None:
+            said = _told(moment.means()) + self.held_out
+            text["description"] = f"epoch {moment.epoch + 1}/{self.epochs}: {said}"
         self.shown.update(self.task, completed=done, total=self.epochs * moment.steps, **text)
 
 
 def _line(moment: Moment) -> None:
-    if moment.step == moment.steps:
-        means = ", ".join(f"{name} {value:.3g}" for name, value in moment.means().items())
-        sys.stderr.write(f"epoch {moment.epoch + 1}: {means}\n")
+    if moment.validation is not None:
+        held_out = f"; held out {_told(moment.validation)}" if moment.validation else ""
+        sys.stderr.write(f"epoch {moment.epoch + 1}: {_told(moment.means())}{held_out}\n")
         sys.stderr.flush()
+
+
+def _told(figures: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3g}" for name, value in figures.items())
 
 
 def show(result: TrainingResult, out: Path) -> None:

@@ -21,6 +21,7 @@ from robustlearn.evaluate.judgement import Judgement
 from robustlearn.evaluate.knowledge import Knowledge
 from robustlearn.evaluate.plans import HALVINGS, PRESETS, SHARES, Budget, Step, plan, widened
 from robustlearn.evaluate.results import AttackRun, Audit, Report
+from robustlearn.evaluate.sharing import Shares
 from robustlearn.evaluate.state import State
 from robustlearn.models import labels as labels_of
 from robustlearn.models import wrap
@@ -54,6 +55,10 @@ def evaluate(
 
     certified ≤ share of samples that no member of the threat breaks ≤ attacked (for a regressor:
     attacked ≤ mean worst squared error ≤ certified).
+
+    In processes started by ``torchrun`` or ``accelerate launch`` each attacks a part of the
+    samples. All must call this, with equal data; all return the report of one process, up to
+    rounding, and the first alone calls ``progress`` and, in `Report.save`, writes.
 
     Parameters
     ----------
@@ -113,12 +118,13 @@ def evaluate(
     steps = plan(attacks) if explicit else widened(plan(attacks), threat.p)
     limits, seed = Budget.of(budget), inputs.seed(seed)
     numbers = inputs.numbers(indices, len(points))
+    shares = Shares()
     with model.on(device):
         points = threat.cast(points, model.dtype)
         labels = labels_of(model, points, y)
-        harness = Harness(
-            model, points, labels, threat, numbers, max(1, batch_size), seed, progress or _silent
-        )
+        told = progress if progress is not None and shares.rank == 0 else _silent
+        size = max(1, batch_size)
+        harness = Harness(model, points, labels, threat, numbers, size, seed, told, shares)
         return _Evaluation(
             harness,
             steps,
@@ -158,10 +164,10 @@ class _Evaluation:
         self.sizes = (int(self.model.num_classes or 2), halvings)  # what a step's cost depends on
         self.state = None
         if resume is not None:
-            self.state = State(
-                Path(resume),
-                self._question(),
-                fingerprint.behaviour(harness, self.known.clean),
+            folder, asked, shares = Path(resume), self._question(), harness.shares
+            behaviour = fingerprint.behaviour(harness, self.known.clean)
+            self.state = shares.in_turn(
+                lambda: State(folder, asked, behaviour, shares.rank, shares.world)
             )
 
     def report(
@@ -170,7 +176,7 @@ class _Evaluation:
         """Run everything and put it together."""
         self._look_at_the_output()
         certificate, about = self._certify()
-        fault = self.judgement.unusable()
+        fault = self.harness.shares.told(self.judgement.unusable())
         self.proven = torch.zeros(len(self.x), dtype=torch.bool)
         if certificate is not None and certificate.certified is not None:
             self.proven = torch.from_numpy(certificate.certified)
@@ -181,7 +187,9 @@ class _Evaluation:
         runs = self._attacks(steps, fault)
         self.known.shrink()
         self.known.check(certificate)
-        verdict = self.judgement.verdict(self.broke, certificate)
+        told = self.harness.shares.told
+        verdict = told(self.judgement.verdict(self.broke, certificate))
+        notes = [*self.model.notes, *self.judgement.notes, *self.notes]
         predictions = self.known.predictions()
         found, proven = self.known.totals(certificate)
         columns = self.model.classes
@@ -200,9 +208,9 @@ class _Evaluation:
             samples=self.known.samples(certificate, predictions),
             attacks=tuple(runs),
             verdict=verdict,
-            notes=tuple(dict.fromkeys([*self.model.notes, *self.judgement.notes, *self.notes])),
+            notes=tuple(dict.fromkeys(told(notes))),
             seed=self.harness.seed,
-            environment=inputs.environment(self.model),
+            environment=told(inputs.environment(self.model)),
             x=self.x.numpy(),
             x_adv=self.known.x_adv.numpy(),
             predictions=predictions,
@@ -302,6 +310,7 @@ class _Evaluation:
             self._run(affordable, f"{affordable.label}-rest", rest, tally)
             rows, rest = torch.cat([rows, rest]), rest[:0]
         self.climbed |= step.needs == "gradient"
+        tally = tally.of_all(self.harness.shares)
         broken = standing & ~self.known.standing
         if len(rows):
             self.broke[affordable.label] = broken
@@ -339,11 +348,12 @@ class _Evaluation:
     def _run(self, step: Step, stage: str, rows: Tensor, tally: Tally) -> None:
         if len(rows) == 0:
             return
-        function = ATTACKS[step.name].function
+        function, before = ATTACKS[step.name].function, self.known.standing.clone()
         for batch, x_adv in attacked(
             self.harness, stage, function, step.options, rows, self.state, tally
         ):
-            self.known.keep(step.label, batch, x_adv, tally)
+            self.known.keep(batch, x_adv, tally)
+        self.known.settle(step.label, rows, before)
 
     def _chosen(self, step: Step) -> Tensor:
         """Return the samples that a step works on: what stands, and of that its scope."""
@@ -377,7 +387,9 @@ class _Evaluation:
 
     def _masked(self) -> bool:
         """Tell whether black-box attacks must run in full: gradients are missing or suspicious."""
-        return not self.climbed or self.judgement.masked(self.broke)
+        if not self.climbed:
+            return True
+        return self.harness.shares.told(self.judgement.masked(self.broke))
 
 
 def _silent(stage: str, done: int, total: int) -> None:

@@ -3,7 +3,7 @@
 import inspect
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 from robustlearn import _tensor, losses
 from robustlearn.errors import AttackError
 from robustlearn.evaluate import draws
+from robustlearn.evaluate.sharing import Shares
 from robustlearn.evaluate.state import State
 from robustlearn.models import Model
 from robustlearn.threats import LpBall
@@ -23,7 +24,10 @@ WHOLE = "evaluation"  # the stage that stands for all
 
 @dataclass
 class Harness:
-    """A model and its samples, sent through in batches that fit."""
+    """A model and its samples, sent through in batches that fit.
+
+    Every process has all samples; which of them it works on is what ``shares`` says.
+    """
 
     model: Model
     x: Tensor
@@ -33,6 +37,7 @@ class Harness:
     batch_size: int
     seed: int
     progress: Progress
+    shares: Shares = field(default_factory=Shares)
 
     def __post_init__(self) -> None:
         self.loss = losses.get(None, str(self.model.task))
@@ -71,6 +76,16 @@ class Harness:
         with torch.no_grad():
             whole = torch.cat([output for _, output in parts])
         return whole.double() if self.model.task == "regression" else whole
+
+    def shared(self, stage: str, points: Tensor) -> Tensor:
+        """Return `outputs` on points that all processes hold, each computed in one of them."""
+        rows = torch.arange(len(points))
+        own = self.shares.own(rows)
+        found = self.outputs(stage, points[own] if len(own) else points[:1])
+        whole = found.new_empty(len(points), *found.shape[1:])
+        whole[own] = found[: len(own)]
+        self.shares.exchange(rows, whole)
+        return whole
 
     def run(
         self, name: str, attack: Callable[..., Tensor], options: dict[str, Any], rows: Tensor
@@ -151,6 +166,13 @@ class Tally:
         self.backwards += int(stored["backwards"])
         self.seconds += float(stored["seconds"])
 
+    def of_all(self, shares: Shares) -> "Tally":
+        """Return the sums over processes, and the time of the slowest."""
+        counts = torch.tensor([self.forwards, self.backwards, self.unstable])
+        forwards, backwards, unstable = shares.collect(counts).sum(0).tolist()
+        seconds = shares.collect(torch.tensor([self.seconds])).max()
+        return Tally(forwards, backwards, float(seconds), unstable)
+
 
 def attacked(
     harness: Harness,
@@ -161,17 +183,21 @@ def attacked(
     state: State | None,
     tally: Tally,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (rows, x_adv) of an attack, first what an earlier session left, and keep the rest."""
+    """Yield (rows, x_adv) of an attack on this process's part of some samples.
+
+    First comes what an earlier session left, of whatever processes; what is new is kept.
+    """
+    rows = harness.shares.own(rows)
     if state is not None:
         for stored in state.load(name):
             found = torch.from_numpy(stored["index"])
             kept = torch.isin(found, rows)
-            tally.add(stored)
-            yield (
-                found[kept],
-                harness._checked(name, found[kept], torch.from_numpy(stored["x_adv"])[kept]),
-            )
+            if harness.shares.rank == 0:  # every process reads every file
+                tally.add(stored)
             rows = rows[~torch.isin(rows, found)]
+            if bool(kept.any()):
+                points = torch.from_numpy(stored["x_adv"])[kept]
+                yield found[kept], harness._checked(name, found[kept], points)
     model = harness.model
     before = (model.forwards, model.backwards, time.perf_counter())
     for batch, x_adv in harness.run(name, attack, options, rows):

@@ -30,7 +30,7 @@ class Knowledge:
     def __init__(self, harness: Harness) -> None:
         self.harness, self.model, self.threat = harness, harness.model, harness.threat
         self.x, self.y = harness.x, harness.y
-        clean = harness.outputs("clean", self.x)
+        clean = harness.shared("clean", self.x)
         self.clean = inputs.finite(self.model, clean)
         self.value = harness.loss(self.clean, self.y)
         self.worst = self.value.clone()
@@ -39,7 +39,7 @@ class Knowledge:
         self.broken_by: list[str | None] = [None] * len(self.x)
         self.standing = self.right.clone()
 
-    def keep(self, label: str, rows: Tensor, x_adv: Tensor, tally: Tally) -> None:
+    def keep(self, rows: Tensor, x_adv: Tensor, tally: Tally) -> None:
         """Take points that break a sample, that are worse, or nearer than those that broke it."""
         value, broken, unstable = self.harness.measured(rows, x_adv)
         tally.unstable += unstable
@@ -49,14 +49,23 @@ class Knowledge:
             broken &= stood
             lower = stood & (value < self.worst[rows]) & ~(value < 0)
             better = broken | nearer | lower
-            for row in rows[broken].tolist():
-                self.broken_by[row] = label
             self.standing[rows[broken]] = False
             value = torch.minimum(value, self.worst[rows])  # a nearer point may be less wrong
         else:
             better = value > self.worst[rows]
         self.worst[rows[better]] = value[better]
         self.x_adv[rows[better]] = x_adv[better]
+
+    def settle(self, label: str, rows: Tensor, before: Tensor) -> None:
+        """End a stage on some samples: learn what the other processes found, and name the attack.
+
+        Parameters
+        ----------
+        before : (n,) bool, what stood when the stage began.
+        """
+        self.harness.shares.exchange(rows, self.worst, self.x_adv, self.standing)
+        for row in (before & ~self.standing).nonzero().squeeze(1).tolist():
+            self.broken_by[row] = label
 
     def reserve(self) -> Tensor:
         """Return a number (n,) that is the smaller the more a sample promises to further attacks.
@@ -82,7 +91,11 @@ class Knowledge:
         """
         if self.model.task != "classification":
             return
-        rows = (self.right & ~self.standing).nonzero().squeeze(1)
+        broken = (self.right & ~self.standing).nonzero().squeeze(1)
+        self._shrink(self.harness.shares.own(broken))
+        self.harness.shares.exchange(broken, self.worst, self.x_adv)
+
+    def _shrink(self, rows: Tensor) -> None:
         if len(rows) == 0:
             return
         x, delta = self.x[rows], self.x_adv[rows] - self.x[rows]
@@ -132,7 +145,7 @@ class Knowledge:
 
     def predictions(self) -> np.ndarray:
         """Return what the model says at the points that count, (n,)."""
-        output = self.harness.outputs("", self.x_adv)
+        output = self.harness.shared("", self.x_adv)
         return self.named(output.argmax(1).numpy()) if output.dim() == 2 else output.numpy()
 
     def named(self, labels: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from scipy import stats
 
 import robustlearn
 from robustlearn import report as rendering
+from robustlearn.evaluate.sharing import first
 
 EXAMPLES = 8  # samples shown in a report
 CURVE_POINTS = 61
@@ -266,7 +267,9 @@ def document(reports: Sequence[Report], *, command: str | None = None) -> dict[s
 
 
 def save(reports: Sequence[Report], folder: str | Path, *, command: str | None = None) -> Path:
-    """Write several evaluations as one report; see `Report.save`."""
+    """Write several evaluations as one report, from the first process; see `Report.save`."""
+    if not first():
+        return Path(folder)
     arrays = {}
     for number, report in enumerate(reports):
         broken = [row for row, s in enumerate(report.samples) if s.broken_by is not None]

@@ -18,14 +18,21 @@ class State:
     """A folder with what was asked of which model, and a file for each finished batch of an attack.
 
     Files are written beside their place and then renamed, so that a file that is there is whole.
+    Of several processes, number ``rank`` of ``world`` writes the files with numbers rank + k·world.
     """
 
     def __init__(
-        self, folder: Path, question: dict[str, Any], behaviour: dict[str, np.ndarray]
+        self,
+        folder: Path,
+        question: dict[str, Any],
+        behaviour: dict[str, np.ndarray],
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._number = 0
+        self._number, self._world = rank, world
+        self._earlier = sorted(folder.glob("*/*.npz"))  # not what others will write meanwhile
         asked = {"version": VERSION, **question}
         path = folder / "question.json"
         if path.is_file():
@@ -59,12 +66,13 @@ class State:
         folder = self._of(attack)
         folder.mkdir(exist_ok=True)
         while (path := folder / f"{self._number:06d}.npz").exists():
-            self._number += 1
+            self._number += self._world
         _write(path, batch)
 
     def load(self, attack: str) -> list[dict[str, np.ndarray]]:
-        """Return the finished batches of an attack; damaged files count as not there."""
-        found = [_read(path) for path in sorted(self._of(attack).glob("*.npz"))]
+        """Return the batches of an attack from before; damaged files count as not there."""
+        place = self._of(attack)
+        found = [_read(path) for path in self._earlier if path.parent == place]
         return [batch for batch in found if batch is not None]
 
     def _of(self, attack: str) -> Path:

@@ -34,12 +34,17 @@ class History:
 
 @dataclass(frozen=True, eq=False)
 class Moment:
-    """Where training stands, for a progress bar: ``means()`` waits for the device."""
+    """Where training stands, for a progress bar: after each step, and after each epoch.
+
+    ``means()`` of the epoch's metrics waits for the device; ``validation`` holds the figures of
+    the epoch once it has ended, and is None before.
+    """
 
     epoch: int
     step: int
     steps: int
     means: Callable[[], dict[str, float]]
+    validation: Mapping[str, float] | None = None
 
 
 class Meter:

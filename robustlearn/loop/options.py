@@ -1,15 +1,23 @@
 """The options of a run, what they must be, and what must not change on resume."""
 
+import ast
+import hashlib
+import inspect
 import json
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from torch import nn
 
 from robustlearn.errors import InputError
 from robustlearn.loop.samples import Samples
 from robustlearn.loop.schedules import rate
 from robustlearn.loop.sides import plain
 from robustlearn.loop.turn import DTYPES, ON_NONFINITE, Game
+
+TOLD = 6  # differences that are told one by one
 
 
 @dataclass(frozen=True)
@@ -21,6 +29,7 @@ class Options:
     seed: int
     precision: str
     compile: bool
+    channels_last: bool
     accumulate: int
     ema: float | None
     clip: float | None
@@ -63,15 +72,11 @@ class Options:
             name: [type(optimizer).__name__, *map(plain, optimizer.state_dict()["param_groups"])]
             for name, optimizer in game.optimizers.items()
         }
-        modules = {
-            name: {key: list(value.shape) for key, value in module.state_dict().items()}
-            for name, module in game.modules.items()
-        }
         return {
             **asdict(self),
             "data": samples.fingerprint(),
             "optimizers": optimizers,
-            "modules": modules,
+            "modules": {name: _described(module) for name, module in game.modules.items()},
         }
 
 
@@ -83,15 +88,44 @@ def compare(before: Mapping[str, Any], now: Mapping[str, Any], place: str) -> No
         ("asked", "is of another run ({}): ask for what it asked for, or use another folder"),
     ):
         old, new = before[group], now[group]
-        differ = [
-            f"{name} was {_short(old.get(name))}, is {_short(new.get(name))}"
-            for name in sorted({*old, *new})
-            if old.get(name) != new.get(name)
-        ]
+        differ = list(_differences(old, new))
         if differ:
-            raise InputError(f"the checkpoint in {place} " + reason.format("; ".join(differ)))
+            more = [f"{len(differ) - TOLD} more"] if len(differ) > TOLD else []
+            told = "; ".join([*differ[:TOLD], *more])
+            raise InputError(f"the checkpoint in {place} " + reason.format(told))
+
+
+def _differences(old: Any, new: Any, name: str = "") -> Iterator[str]:
+    """Yield what differs, by the name of its innermost entry, old and new."""
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        old, new = dict(enumerate(old)), dict(enumerate(new))
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys([*old, *new]):
+            inner = f"{name}.{key}" if name else str(key)
+            yield from _differences(old.get(key), new.get(key), inner)
+    elif old != new:
+        yield f"{name} was {_short(old)}, is {_short(new)}"
+
+
+def _described(module: nn.Module) -> dict[str, Any]:
+    """Return the classes of a network's parts with a hash of their code, and shapes of tensors."""
+    parts = {name or "network": _class(part) for name, part in module.named_modules()}
+    shapes = {key: list(value.shape) for key, value in module.state_dict().items()}
+    return {"parts": parts, "shapes": shapes}
+
+
+def _class(part: nn.Module) -> str:
+    """Return the name of a class, with its settings if it is torch's, else a hash of its code."""
+    kind = type(part)
+    if kind.__module__.startswith("torch."):
+        return f"{kind.__qualname__}({part.extra_repr()})"
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
+    except (OSError, TypeError, SyntaxError):  # typed in at a prompt, or made on the way
+        return kind.__qualname__
+    return f"{kind.__qualname__} {hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:8]}"
 
 
 def _short(value: Any) -> str:
     text = json.dumps(value)
-    return text if len(text) <= 200 else f"{text[:200]}…"
+    return text if len(text) <= 80 else f"{text[:80]}…"

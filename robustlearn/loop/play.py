@@ -1,5 +1,6 @@
 """The loop: epochs of turns, with validation, checkpoints and exact resume."""
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,6 +41,8 @@ def play(
     save_every: float = 60.0,
     precision: str = "float32",
     compile: bool = False,
+    channels_last: bool = False,
+    pin_memory: bool = False,
     accumulate: int = 1,
     ema: float | None = None,
     clip: float | None = None,
@@ -72,8 +75,13 @@ def play(
         and of tracker logs. All processes read it, the first one writes.
     resume : go on from the checkpoint in ``out``; from the start if there is none yet.
     save_every : seconds between checkpoints.
-    precision : ``float32``, ``bf16`` or ``fp16``: that of `Turn.autocast`. Weights stay float32.
-    compile : call the modules through ``torch.compile``.
+    precision : ``float32``, ``bf16`` or ``fp16``: that of `Turn.autocast`. Weights stay float32;
+        the losses of fp16 are scaled up against underflow, by what its gradients bear.
+    compile : call the modules through ``torch.compile``, which pays over many steps.
+    channels_last : lay out 4-D weights and batches with the channels innermost, as convolutions in
+        a lower precision are fastest; batch and weights keep their shapes.
+    pin_memory : copy each batch to page-locked memory first, so that training does not wait while
+        an accelerator fetches it; without an effect on the CPU.
     accumulate : batches over which a gradient is the mean; updates happen after the last of them.
     ema : decay of a running mean of the weights, which is then validated and kept.
     clip : the largest Euclidean norm of a gradient.
@@ -114,6 +122,7 @@ def play(
         seed=seed,
         precision=precision,
         compile=compile,
+        channels_last=channels_last,
         accumulate=accumulate,
         ema=ema,
         clip=clip,
@@ -125,7 +134,7 @@ def play(
     options.check(game, validated=validate is not None)
     asked = {**options.asked(game, drawn), "settings": dict(settings or {})}
     record = None if out is None else Record(Path(out), asked)
-    ranks = Ranks(timeout=timeout, trackers=trackers, out=out)
+    ranks = Ranks(timeout=timeout, trackers=trackers, out=out, pin_memory=pin_memory)
     with randomness.kept(ranks.device), ranks.tracked(asked):
         run = _Run(game, drawn, options, ranks, record, save_every, validate, progress)
         run.begin(resume)
@@ -156,6 +165,7 @@ class _Run:
                 game.optimizers.get(name),
                 ranks,
                 compiled=options.compile,
+                channels_last=options.channels_last,
                 ema=options.ema,
             )
             for name, module in game.modules.items()
@@ -206,8 +216,7 @@ class _Run:
             last = at.step == group + len(inside) - 1
             self._turn(index, x, y, sizes[at.step], sum(inside), last)
             at.step += 1
-            if self.progress is not None and self.ranks.first:
-                self.progress(Moment(at.epoch, at.step, self.steps, self.meter.means))
+            self._tell()
             if last and time.perf_counter() - self.saved >= self.save_every:
                 self._save()
 
@@ -272,7 +281,8 @@ class _Run:
 
     def _loaded(self, batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield sample numbers, x and y of this process's part of each batch."""
-        at, device = self.position, self.ranks.device
+        at = self.position
+        send = functools.partial(self.ranks.send, channels_last=self.options.channels_last)
         parts = [self.ranks.part(index) for index in batches]
         fetched = self.samples.fetch(parts, self.options.seed, at.epoch)
         for index in parts:
@@ -283,7 +293,7 @@ class _Run:
                     f"the data raised {type(error).__name__} in epoch {at.epoch}, step {at.step}: "
                     f"{error}. Mend it and resume: the last checkpoint is whole"
                 ) from error
-            yield index, x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            yield index, send(x), send(y)
 
     def _close(self) -> None:
         """End an epoch: validate, keep the best weights, decide whether to stop."""
@@ -305,6 +315,7 @@ class _Run:
         self._judge(figures)
         at.rows.append(row)
         self.ranks.log(row)
+        self._tell(figures)
         at.epoch, at.step, at.seconds = at.epoch + 1, 0, 0.0
         guard.skipped = guard.updates = 0
         self.meter, self.started = Meter(), time.perf_counter()
@@ -315,6 +326,11 @@ class _Run:
             at.stopped = "finished"
         if at.stopped or time.perf_counter() - self.saved >= self.save_every:
             self._save()
+
+    def _tell(self, figures: Mapping[str, float] | None = None) -> None:
+        if self.progress is not None and self.ranks.first:
+            at = self.position
+            self.progress(Moment(at.epoch, at.step, self.steps, self.meter.means, figures))
 
     def _validated(self) -> dict[str, float]:
         if self.validate is None:

@@ -22,7 +22,14 @@ class Ranks:
     What a process does not hear of the others within ``timeout`` seconds ends it with an error.
     """
 
-    def __init__(self, *, timeout: float = 600.0, trackers: Sequence[Any] = (), out: Any = None):
+    def __init__(
+        self,
+        *,
+        timeout: float = 600.0,
+        trackers: Sequence[Any] = (),
+        out: Any = None,
+        pin_memory: bool = False,
+    ) -> None:
         known = {str(name) for name in get_available_trackers()}
         if missing := [t for t in trackers if isinstance(t, str) and t not in known]:
             raise InputError(f"trackers {missing} are not installed; there are: {sorted(known)}")
@@ -42,6 +49,7 @@ class Ranks:
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
+        self.pinned = pin_memory and self.device.type != "cpu"
         self._check(int(os.environ.get("WORLD_SIZE", "1")))
 
     def _check(self, launched: int) -> None:
@@ -61,6 +69,13 @@ class Ranks:
     def first(self) -> bool:
         """Whether this process writes files and logs."""
         return self.rank == 0
+
+    def send(self, values: Tensor, *, channels_last: bool = False) -> Tensor:
+        """Return values on the device of this process, without waiting where that can be."""
+        if self.pinned:
+            values = values.pin_memory()
+        form = layout(channels_last, values.dim())
+        return values.to(self.device, non_blocking=True, memory_format=form)
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Return a module whose gradients are averaged over the processes."""
@@ -134,3 +149,8 @@ class Ranks:
     def wait(self) -> None:
         """Wait for the others."""
         self.accelerator.wait_for_everyone()
+
+
+def layout(channels_last: bool, dimensions: int) -> torch.memory_format:
+    """Return the memory layout of a tensor: channels innermost is for those of 4 dimensions."""
+    return torch.channels_last if channels_last and dimensions == 4 else torch.preserve_format

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from robustlearn.errors import InputError
 from robustlearn.loop.checkpoint import under
-from robustlearn.loop.ranks import Ranks
+from robustlearn.loop.ranks import Ranks, layout
 
 WARM_UP = 10  # updates that the average's horizon starts with
 
@@ -49,11 +49,15 @@ class Side:
         ranks: Ranks,
         *,
         compiled: bool,
+        channels_last: bool,
         ema: float | None,
     ) -> None:
         self.name, self.module, self.optimizer = name, module, optimizer
-        _move(module, optimizer, ranks.device)
-        self.plain: nn.Module = torch.compile(module) if compiled else module  # type: ignore[assignment]
+        _move(module, optimizer, ranks.device, layout(channels_last, 4))
+        # each shape is compiled for itself: what a shape computes must not depend on which came
+        # first, for a resumed run begins with another one
+        fast = torch.compile(module, dynamic=False) if compiled else module
+        self.plain: nn.Module = fast  # type: ignore[assignment]
         self.called = ranks.wrap(self.plain) if optimizer is not None else self.plain
         wanted = ema is not None and optimizer is not None
         self.average = Average(module, ema) if wanted and ema is not None else None
@@ -161,10 +165,15 @@ class Side:
         return self.optimizer
 
 
-def _move(module: nn.Module, optimizer: Optimizer | None, device: torch.device) -> None:
+def _move(
+    module: nn.Module,
+    optimizer: Optimizer | None,
+    device: torch.device,
+    memory_format: torch.memory_format,
+) -> None:
     """Move a module, and its optimiser where that makes new parameters of the old ones."""
     before: dict[str, Tensor] = dict(module.named_parameters())
-    module.to(device)
+    module.to(device=device, memory_format=memory_format)  # type: ignore[call-overload]
     if optimizer is None:
         return
     moved = {before[name]: new for name, new in module.named_parameters()}

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -154,6 +154,19 @@ class Turn:
         world = self._ranks.world  # gradients are averaged over processes, hence the factor
         factor = self._share * world * self._scale / self._samples
         (losses.float().sum() * factor).backward()
+
+    def slopes(self, losses: Tensor, tensors: Sequence[Tensor]) -> list[Tensor | None]:
+        """Return ∂(1/N)Σᵢ ℓᵢ/∂t of tensors, N the samples of this batch in all processes.
+
+        Parameters
+        ----------
+        losses : (n,), one per sample of this process's batch; their graph is used up.
+        tensors : the same in all processes; None is returned for those the losses do not need.
+        """
+        factor = self._share * self._ranks.world / self._batch.total
+        found = torch.autograd.grad(losses.float().sum() * factor, tensors, allow_unused=True)
+        self._ranks.average([slope for slope in found if slope is not None])
+        return list(found)
 
     @torch.no_grad()
     def update(self, name: str) -> bool:

@@ -1,6 +1,7 @@
 """Robust training as a game of the loop: one move of the adversary, one of the model."""
 
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, field, replace
 from typing import Any
@@ -117,7 +118,7 @@ class RobustGame:
         if self.awp and turn.progress >= self.ramp:
             network = craft.network(model)
             before = play(network, batch.x, batch.y, threat, craft=craft, **given)
-            moved = perturbed(network, before.loss.mean(), self.awp)
+            moved = perturbed(network, functools.partial(turn.slopes, before.loss), self.awp)
             craft = replace(craft, points=before.points.detach())
         with moved:
             outcome = play(model, batch.x, batch.y, threat, craft=craft, **given)

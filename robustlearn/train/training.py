@@ -38,8 +38,7 @@ class TrainingResult:
     ----------
     model : the network with the weights of the best epoch (their running mean, if ``ema``).
     history : rows per epoch; see `robustlearn.loop.History`.
-    report : the two-sided figure on the samples that were held out; None if not asked for, and in
-        all processes but the first.
+    report : the two-sided figure on the samples that were held out; None if not asked for.
     settings : what training was asked for, as plain values.
     """
 
@@ -200,7 +199,7 @@ def fit(
     )
     net.load_state_dict(history.weights["model"])
     report = None
-    if held is not None and attacks is not None and history.first:
+    if held is not None and attacks is not None:
         judged = wrap(net, task="classification" if game.criterion.classifies else "regression")
         report = evaluate(judged, *held, threat, attacks=attacks, seed=seed, data="held out")
     result = TrainingResult(net.eval(), history, report, settings)

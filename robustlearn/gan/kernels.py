@@ -1,0 +1,49 @@
+"""The Gaussian kernel, and how wide to make it."""
+
+import torch
+from torch import Tensor
+
+from robustlearn.errors import InputError
+
+
+def rbf(x: Tensor, y: Tensor, sigma: float) -> Tensor:
+    """k(x_i, y_j) = exp(−‖x_i − y_j‖² / 2σ²), (n, d), (m, d) -> (n, m).
+
+    Squares come from scalar products, and are cut off at 0 where rounding would make them
+    negative. Points are centred first, so that a common offset costs no digits.
+
+    Examples
+    --------
+    >>> rbf(torch.zeros(1, 2), torch.tensor([[0.0, 0.0], [1.0, 1.0]]), 1.0)
+    tensor([[1.0000, 0.3679]])
+    """
+    if not sigma > 0:
+        raise InputError(f"a bandwidth is positive; got {sigma}")
+    return torch.exp(squared_distances(x, y) / (-2 * sigma**2))
+
+
+def squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """‖x_i − y_j‖², (n, d), (m, d) -> (n, m); differentiable also where it is 0."""
+    centre = y.detach().mean(0)
+    x, y = x - centre, y - centre
+    lengths = x.square().sum(1)[:, None] + y.square().sum(1)
+    return (lengths - 2 * x @ y.T).clamp_min(0.0)
+
+
+def median_bandwidth(x: Tensor, y: Tensor) -> float:
+    """σ = the median of ‖a − b‖ over the pairs a ≠ b of both samples together.
+
+    The heuristic of Gretton et al. (2012). At most 2,000 points are looked at, evenly spaced in the
+    order given.
+
+    Raises
+    ------
+    InputError if all points are equal.
+    """
+    points = torch.cat([x, y]).detach()
+    points = points[:: max(1, -(-len(points) // 2000))]
+    above = torch.ones(len(points), len(points), dtype=torch.bool, device=x.device).triu(1)
+    sigma = float(squared_distances(points, points)[above].median().sqrt())
+    if not sigma > 0:
+        raise InputError("more than half of the pairs of points coincide: give sigma as a number")
+    return sigma

@@ -1,0 +1,143 @@
+"""Penalties on critics whose gradients are known, and parts of networks against their oracles."""
+
+import doctest
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from robustlearn.errors import InputError
+from robustlearn.gan import regularizers
+from robustlearn.gan.mixtures import perceptron
+from robustlearn.gan.regularizers import PENALTIES, MinibatchDiscrimination, packed, spectral
+
+KEYS = torch.arange(64)
+
+
+def bowl(x):
+    """D(x) = ½‖x‖², whose gradient is x."""
+    return x.square().sum(1) / 2
+
+
+def plane(x):
+    """A linear critic with Lipschitz constant 1."""
+    return x @ torch.tensor([0.6, 0.8], dtype=x.dtype)
+
+
+def clouds(seed=0):
+    source = torch.Generator().manual_seed(seed)
+    real = torch.randn(64, 2, generator=source, dtype=torch.float64)
+    return real, torch.randn(64, 2, generator=source, dtype=torch.float64) + 3
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_a_linear_critic_of_slope_one(name):
+    """Norms are of each sample: over the whole batch it would be 8 here, and the penalty 490."""
+    found = regularizers.penalties(name)[0](plane, *clouds(), KEYS)
+    assert found.shape == (64,)
+    wanted = 0.5 if name in ("r1", "r2") else 0.0
+    torch.testing.assert_close(found, torch.full_like(found, wanted))
+
+
+def test_r1_is_of_real_and_r2_of_generated_samples():
+    real, fake = clouds()
+    for name, points in (("r1", real), ("r2", fake)):
+        found = regularizers.penalties(f"{name}:weight=3")[0](bowl, real, fake, KEYS)
+        torch.testing.assert_close(found, 1.5 * points.square().sum(1))
+
+
+def test_points_between_are_even_and_on_the_lines():
+    """With D(x) = ½x² between 0 and 1 the norm is u itself."""
+    real, fake = torch.ones(4000, 1), torch.zeros(4000, 1)
+    keys = torch.arange(4000)
+    (penalty,) = regularizers.penalties("gradient_penalty:weight=1:centre=0")
+    share = penalty(bowl, real, fake, keys).detach().sqrt()
+    assert 0 <= float(share.min()) < 0.01
+    assert 0.99 < float(share.max()) < 1
+    assert float(share.mean()) == pytest.approx(0.5, abs=0.02)
+    (other,) = regularizers.penalties("gradient_penalty:weight=1:centre=0.5")
+    torch.testing.assert_close(other(bowl, real, fake, keys).detach(), (share - 0.5).square())
+
+
+def test_dragan_stays_near_real_samples():
+    real = clouds()[0]
+    seen = []
+
+    def critic(x):
+        seen.append(x.detach())
+        return plane(x)
+
+    regularizers.penalties("dragan:spread=0.5")[0](critic, real, real + 100, KEYS)
+    moved = (seen[0] - real) / real.std()
+    assert 0 <= float(moved.min())
+    assert 0.3 < float(moved.max()) < 0.5
+
+
+def test_penalties_have_the_derivative_of_finite_differences():
+    real, fake = clouds()
+    weight = torch.tensor([0.3, -0.7], dtype=torch.float64, requires_grad=True)
+    for name in PENALTIES:
+        (penalty,) = regularizers.penalties(name)
+        assert torch.autograd.gradcheck(
+            lambda w, penalty=penalty: penalty(lambda x: torch.tanh(x @ w), real, fake, KEYS),
+            weight,
+        )
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_a_flat_critic_has_a_finite_derivative(name):
+    """At first a critic may be constant: 0 has no square root with a slope."""
+    weight = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    found = regularizers.penalties(name)[0](lambda x: x @ weight, *clouds(), KEYS)
+    (slope,) = torch.autograd.grad(found.sum(), weight)
+    assert bool(slope.isfinite().all())
+
+
+def test_spectral_normalisation_is_that_of_the_svd():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 1))
+    wanted = [float(torch.linalg.svdvals(net[i].weight.detach())[0]) for i in (0, 2)]
+    before = [net[i].weight.detach().clone() for i in (0, 2)]
+    spectral(net)
+    for _ in range(60):
+        net(torch.zeros(1, 20))
+    for i, sigma, weight in zip((0, 2), wanted, before, strict=True):
+        torch.testing.assert_close(net[i].weight, weight / sigma, rtol=1e-3, atol=1e-4)
+    x = torch.randn(500, 20)
+    slopes = (net(x[:250]) - net(x[250:])).detach().abs()[:, 0] / (x[:250] - x[250:]).norm(dim=1)
+    assert float(slopes.max()) <= 1.001
+
+
+def test_minibatch_discrimination_counts_who_is_close():
+    layer, close = MinibatchDiscrimination(1, tables=1, width=1), math.exp(-2)
+    with torch.no_grad():
+        layer.weight.fill_(2.0)
+    found = layer(torch.tensor([[0.0], [1.0], [1.0]]))
+    assert found[:, 1].tolist() == pytest.approx([2 * close, 1 + close, 1 + close])
+
+
+def test_packs_are_of_neighbours():
+    x = torch.arange(12.0).reshape(4, 3, 1)
+    pack = packed(x, 4)
+    assert pack.shape == (4, 12, 1)
+    for row in range(4):
+        wanted = torch.cat([x[(row + shift) % 4] for shift in range(4)])
+        assert torch.equal(pack[row], wanted)
+    assert packed(x, 1).equal(x)
+
+
+def test_what_cannot_be_is_refused():
+    for call, said in (
+        (lambda: regularizers.penalties("r3"), "no penalty named"),
+        (lambda: regularizers.penalties("r1:centre=1"), "no option centre"),
+        (lambda: spectral(nn.ReLU()), "no linear"),
+        (lambda: spectral(perceptron(2, 1, zero=True)), "starts at 0"),
+        (lambda: packed(torch.zeros(3, 1), 4), "1 to 3"),
+    ):
+        with pytest.raises(InputError, match=said):
+            call()
+
+
+def test_the_examples_of_the_docstrings():
+    assert doctest.testmod(regularizers, raise_on_error=True).attempted
