@@ -175,6 +175,18 @@ def test_overfitting_is_told_and_rolled_back(digits, monkeypatch, policy):
         assert torch.equal(torch.cat([v.reshape(-1) for v in games[0].good.values()]), seen[0])
 
 
+def test_a_network_that_has_not_seen_the_full_budget_is_not_overfitted(digits, monkeypatch):
+    told = iter(
+        [Standing(0.99, 0.9, 0.1), Standing(0.99, 0.95, 0.1), *[Standing(0.9, 0.5, 0.4)] * 2]
+    )
+    monkeypatch.setattr(
+        sys.modules["robustlearn.train.training"], "validate", lambda *a, **k: next(told)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(network(), (digits[0][:300], digits[1][:300]), BALL, epochs=4, ramp=0.5, attacks=None)
+
+
 def test_a_run_that_is_resumed_knows_its_best_weights(digits, tmp_path, monkeypatch):
     """Worse weights after the interruption must not be what is rolled back to."""
     told = [Standing(0.9, 0.6, s) for s in (0.4, 0.6, 0.5)] + [Standing(0.99, 0.98, 0.01)] * 2

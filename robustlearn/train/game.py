@@ -33,6 +33,7 @@ class RobustGame:
     guarded : whether the best weights are kept, for `roll_back`.
     best : what held-out samples said of the best epoch so far, and ``good`` its weights.
     awp : γ of the adversarial weight perturbation, once the ramp has ended; 0 for none.
+    grown : whether ε had its full size in the last step.
     """
 
     modules: dict[str, nn.Module]
@@ -48,10 +49,12 @@ class RobustGame:
     best: Standing | None = None
     good: dict[str, Tensor] = field(default_factory=dict)
     rolled_back: bool = False
+    grown: bool = False
 
     def step(self, batch: Any, turn: Any) -> dict[str, Tensor]:
         """Play a mini-batch; return the metrics of each sample (n,)."""
         threat = self._threat(batch.index, turn.progress)
+        self.grown = turn.progress >= self.ramp
         craft = Craft(
             keys=turn.keys,
             start=None if self.memory is None else self.memory.get(batch.index, batch.x),

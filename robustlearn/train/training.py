@@ -221,7 +221,7 @@ class _Watch:
         x, y = self.x.to(device), self.y.to(device)
         found = validate(net, x, y, self.game.threat, seed=self.seed)
         best = self.game.best
-        if found.overfitted(best):
+        if self.game.grown and found.overfitted(best):  # before, the full ε is new to the network
             self._overfitted(found)
         if best is None or found.robust > best.robust:
             self.game.remember(found)
