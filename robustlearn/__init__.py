@@ -52,7 +52,18 @@ _HOME = {
     "fit_gan": "gan",
     "wrap": "models",
 }
-_MODULES = ("attacks", "data", "gan", "linear", "loop", "losses", "models", "tabular", "threats")
+_MODULES = (
+    "anomaly",
+    "attacks",
+    "data",
+    "gan",
+    "linear",
+    "loop",
+    "losses",
+    "models",
+    "tabular",
+    "threats",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -79,7 +79,7 @@ def test_a_network_from_above(network, held_out, untouched):
     threat = rl.LpBall(math.inf, 0.1, **BOX)
     report = rl.evaluate(network, held_out.x, held_out.y, threat, classes=held_out.class_names)
     assert report.certified is None
-    assert "no certificate (linear) applies" in report.certificate["reason"]
+    assert "applies to this model" in report.certificate["reason"]
     assert 0.2 < report.attacked.value < 0.7 < report.clean.value
     np.testing.assert_array_equal(held_out.x, kept)
     assert network.training
