@@ -55,8 +55,12 @@ NETWORKS = {
     "tanh": lambda: mlp(nn.Tanh, 32, 12, 9, 3),
     "sigmoid": lambda: mlp(nn.Sigmoid, 32, 12, 9, 3),
     "pooling": lambda: nn.Sequential(
-        nn.Conv2d(2, 3, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(2),
-        nn.Flatten(), nn.Linear(3, 3),
+        nn.Conv2d(2, 3, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, 1),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(3, 3),
     ),  # fmt: skip
     "residual": Residual,
     "sliced": SlicedAndPadded,
@@ -142,7 +146,9 @@ def test_one_layer_is_exact(threat):
 def test_two_layers_against_all_corners():
     """One hidden ReLU: α-CROWN is exact, and a box's corners hold the extremes of both pieces."""
     net = nn.Sequential(nn.Linear(2, 1), nn.ReLU(), nn.Linear(1, 1)).double()
-    for parameter, value in zip(net.parameters(), ([[1.0, 2.0]], [0.1], [[-1.0]], [0.0]), strict=True):
+    for parameter, value in zip(
+        net.parameters(), ([[1.0, 2.0]], [0.1], [[-1.0]], [0.0]), strict=True
+    ):
         parameter.data = torch.tensor(value, dtype=torch.float64)
     x, ball = torch.zeros(1, 2, dtype=torch.float64), rl.LpBall(math.inf, 0.5)
     _, crown, alpha = bounded(net, x, ball)

@@ -97,7 +97,9 @@ class _Program:
         self.matrices.append(sparse.csr_matrix(matrix))
         self.floors.append(floor)
 
-    def _activation(self, i: int, span: tuple[Tensor, Tensor], places: Tensor, signs: Tensor | None) -> None:
+    def _activation(
+        self, i: int, span: tuple[Tensor, Tensor], places: Tensor, signs: Tensor | None
+    ) -> None:
         low, high = (side.flatten().numpy() for side in span)
         offset = self.network.segments[i].offset.flatten().detach().numpy()
         enters = self._row(i, torch.eye(len(low), dtype=torch.float64))

@@ -87,8 +87,10 @@ class Region:
 
     def _of(self, rows: int) -> LpBall:
         """Return the threat with a budget for each row."""
-        return self.threat.select(torch.zeros(rows, dtype=torch.long)) if len(self.x) == 1 else (
-            self.threat
+        return (
+            self.threat.select(torch.zeros(rows, dtype=torch.long))
+            if len(self.x) == 1
+            else (self.threat)
         )
 
 
@@ -153,7 +155,9 @@ CURVES: Mapping[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor
 }
 
 
-def lines(network: Network, spans: Span_of, slopes: Mapping[int, Tensor] | None = None) -> dict[int, Lines]:
+def lines(
+    network: Network, spans: Span_of, slopes: Mapping[int, Tensor] | None = None
+) -> dict[int, Lines]:
     """Return the lines of every activation whose bounds are given."""
     slopes = slopes or {}
     found = {}
@@ -161,7 +165,9 @@ def lines(network: Network, spans: Span_of, slopes: Mapping[int, Tensor] | None 
         if i in spans:
             kind, (low, high) = network.nodes[i].kind, spans[i]
             relu = kind == "relu"
-            found[i] = relu_lines(low, high, slopes.get(i)) if relu else curve_lines(kind, low, high)
+            found[i] = (
+                relu_lines(low, high, slopes.get(i)) if relu else curve_lines(kind, low, high)
+            )
     return found
 
 

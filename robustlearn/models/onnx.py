@@ -45,7 +45,9 @@ class OnnxNetwork(nn.Module):
         for node in graph.node:
             options = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
             if node.op_type == "Constant":
-                self._keep(node.output[0], torch.tensor(onnx.numpy_helper.to_array(options["value"])))
+                self._keep(
+                    node.output[0], torch.tensor(onnx.numpy_helper.to_array(options["value"]))
+                )
             elif node.op_type not in OPERATORS:
                 raise InputError(
                     f"the network uses the ONNX operator {node.op_type}; known are "

@@ -143,15 +143,6 @@ class Network:
         """
         return dict(torch.vmap(self._intervals)(low, high, known))
 
-    def rounding(self, low: Tensor, high: Tensor, known: Any, unit: float) -> Tensor:
-        """Bound what arithmetic of unit roundoff u does to any output, (n,).
-
-        e ↦ |W|e + u·(6√m·|W||a| + |z|) through each affine operation with sums of m terms: errors
-        of dot products grow like √m and not like m but with probability 2e⁻¹⁸ (Higham and Mary,
-        2019), activations pass them on at most.
-        """
-        return torch.vmap(lambda *given: self._rounding(*given, unit))(low, high, known)
-
     def _targets(self) -> list[int]:
         return [*self.activations, self.output]
 
@@ -167,24 +158,6 @@ class Network:
         return values[self.output].reshape(1, -1)
 
     def _intervals(self, low: Tensor, high: Tensor, known: Any) -> Any:
-        span, found = self._spans(low, high, known)
-        return {**found, self.output: span[self.output]}
-
-    def _rounding(self, low: Tensor, high: Tensor, known: Any, unit: float) -> Tensor:
-        span, _ = self._spans(low, high, known)
-        size = {i: torch.maximum(low.abs(), high.abs()) for i, (low, high) in span.items()}
-        error = {0: torch.zeros_like(low)}
-        for i, node in enumerate(self.nodes):
-            if node.kind in ACTIVATIONS:
-                error[i] = error[node.parents[0]] + (0 if node.kind == "relu" else 4 * unit)
-            elif node.kind == "affine":
-                passed = self._value(node, {**self.constants, **error}, sizes=True)
-                summed = self._value(node, {**self.constants, **size}, sizes=True)
-                terms = max(math.prod(self.nodes[j].shape) for j in node.parents)
-                error[i] = passed + unit * (6 * math.sqrt(terms) * summed + size[i])
-        return error[self.output].amax()
-
-    def _spans(self, low: Tensor, high: Tensor, known: Any) -> Any:
         span = {0: (low, high)}
         found = {}
         for i, node in enumerate(self.nodes[1:], start=1):
@@ -202,11 +175,9 @@ class Network:
                 found[i] = entering
                 low, high = (ACTIVATIONS[node.kind](side) for side in entering)
                 span[i] = (low, high)
-        return span, found
+        return {**found, self.output: span[self.output]}
 
-    def _spread(
-        self, node: Node, span: dict[int, tuple[Tensor, Tensor]]
-    ) -> tuple[Tensor, Tensor]:
+    def _spread(self, node: Node, span: dict[int, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """f(centre) ± |f|(radius), |f| with the sizes of all factors and no constant terms."""
         if node.hull:
             low, high = ([span[j][side] for j in node.hull] for side in (0, 1))
@@ -284,7 +255,7 @@ def trace(
     Parameters
     ----------
     function : a module in evaluation mode, or what calls one.
-    example : (1, *shape) a sample in the dtype of the module.
+    example : (n, *shape) in the dtype of the module; the first sample is run.
     dtype : in which the recorded network computes; its weights are those of the module.
 
     Raises
@@ -299,14 +270,16 @@ def trace(
     >>> [network.nodes[i].kind for i in network.activations]
     ['relu']
     """
-    example = example.detach().clone()
+    example = example[:1].detach().clone()
     recorder = _Recorder(example)
     with torch.no_grad(), _NoEscape(), recorder:
         output = torch.func.functionalize(function)(example)
     last = recorder.numbers.get(id(output)) if isinstance(output, Tensor) else None
     if last is None or recorder.nodes[last].kind == "constant":
-        raise InputError("the output of the network does not depend on its input, as far as torch "
-                         "can see: it cannot be bounded")
+        raise InputError(
+            "the output of the network does not depend on its input, as far as torch "
+            "can see: it cannot be bounded"
+        )
     if recorder.nodes[last].kind != "affine":  # an output node of its own
         node = recorder.nodes[last]
         recorder.nodes.append(
