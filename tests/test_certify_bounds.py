@@ -1,5 +1,6 @@
 """Bounds of networks: each inside the one before, around everything that can be reached."""
 
+import itertools
 import math
 
 import pytest
@@ -43,7 +44,7 @@ class SlicedAndPadded(nn.Module):
 
 def mlp(activation, *widths):
     layers = []
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in itertools.pairwise(widths):
         layers += [nn.Linear(a, b), activation()]
     return nn.Sequential(nn.Flatten(), *layers[:-1])
 
@@ -61,7 +62,7 @@ NETWORKS = {
         nn.AvgPool2d(2),
         nn.Flatten(),
         nn.Linear(3, 3),
-    ),  # fmt: skip
+    ),
     "residual": Residual,
     "sliced": SlicedAndPadded,
 }

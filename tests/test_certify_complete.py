@@ -22,7 +22,7 @@ from robustlearn.models.trace import trace
 def instance(seed, p, widths=(3, 6, 6, 3)):
     """A small random network, a point, and a threat of random size; every third has no box."""
     torch.manual_seed(seed)
-    layers = [part for a, b in zip(widths, widths[1:], strict=False)
+    layers = [part for a, b in itertools.pairwise(widths)
               for part in (nn.Linear(a, b), nn.ReLU())]  # fmt: skip
     net = nn.Sequential(*layers[:-1]).double()
     for parameter in net.parameters():
@@ -60,7 +60,7 @@ def test_decides_as_a_mixed_integer_program_does(p):
         if found.witness is not None:
             assert bool(threat.contains(x, found.witness[None]))
             assert int(net(found.witness[None]).argmax()) != int(net(x).argmax())
-        else:
+        elif math.isinf(p):  # for others the program stops once the sign is known
             assert found.bound <= truth + 1e-6
     assert {"crown_ibp", "attack"} <= set(seen)
 
@@ -75,7 +75,9 @@ def test_the_program_is_exact():
     grid = x + torch.cartesian_prod(axis, axis)
     with torch.no_grad():
         seen = float(rule.value(net(grid)).min())
-    lipschitz = math.prod(float(torch.linalg.matrix_norm(m.weight, 2)) for m in net[::2]) * 2**0.5
+    lipschitz = (
+        math.prod(float(torch.linalg.matrix_norm(m.weight.detach(), 2)) for m in net[::2]) * 2**0.5
+    )
     assert value <= seen + 1e-7
     assert seen <= value + lipschitz * 0.0015 * 2**0.5
 
@@ -129,7 +131,7 @@ def test_the_bracket_of_a_perceptron(digits, p):
     net, x, y = digits
     threat = rl.LpBall(p, {1: 1.0, 2: 0.4, math.inf: 0.06}[p], lower=0.0, upper=1.0)
     certified = []
-    for method in ("ibp", "crown", "alpha_crown", "complete:seconds=2"):
+    for method in ("ibp", "crown:seconds=9", "alpha_crown:seconds=9", "complete:seconds=5"):
         report = rl.evaluate(net, x, y, threat, attacks="quick", certify=method)
         certified.append(report.certified.value)
         assert report.certified.value <= report.attacked.value
@@ -140,7 +142,7 @@ def test_the_bracket_of_a_perceptron(digits, p):
 
 
 def test_radii_grow_with_the_method(digits):
-    net, x, y = digits
+    net, x, _ = digits
     model, threat = rl.wrap(net), rl.LpBall(math.inf, 0.1, lower=0.0, upper=1.0)
     x = torch.as_tensor(x[:10])
     weak, strong = (

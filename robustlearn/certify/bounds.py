@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robustlearn.certify.relax import Region, Span, Span_of, backward, lines
-from robustlearn.models.trace import Network
+from robustlearn.models.trace import ACTIVATIONS, Network
 
 WORK = 2**19  # numbers in a working array: some of them fit into a cache
 ALONE = 32  # rows from which a sample is looked at by itself
@@ -88,7 +88,8 @@ def _refined(
     shape = span[0].shape
     low, high = (side.flatten(1).clone() for side in span)
     open_ = (low < 0) & (high > 0) if network.nodes[i].kind == "relu" else high > low
-    for mine, at in _chunks(*open_.nonzero().unbind(1), max(1, WORK // (2 * network.width))):
+    owners, places = open_.nonzero().unbind(1)
+    for mine, at in _chunks(owners, places, max(1, WORK // (2 * network.width))):
         if deadline.passed:
             break
         rows = low.new_zeros(2, len(at), low.shape[1])
@@ -131,7 +132,8 @@ def row_bounds(
     ----------
     target : what z enters, or the output; rows : (r, *z).
     owner : (r,) the sample of each row, or (1,) that of all.
-    spans : of the target, which hold the result too, and of the activations before; enough : the ascent ends once all rows are above.
+    spans : of the target, which hold the result too, and of the activations before.
+    enough : the ascent ends once all rows are above.
     """
     mine = region.select(owner)
     before = {i: (s[0][owner], s[1][owner]) for i, s in spans.items() if i < target}
@@ -157,6 +159,30 @@ def row_bounds(
         optimizer.step()
         alpha.clip()
     return best
+
+
+def elided(network: Network, region: Region, rows: Tensor, spans: Span_of) -> Tensor:
+    """Rows·outputs from below (r,), by intervals of the activations before the last layer.
+
+    A row goes through the last affine map as a whole: what two outputs share cancels. Region and
+    spans are one a row.
+    """
+    affine = network.segments[network.output]
+    bound = (rows * affine.offset).flatten(1).sum(1)
+    for source, part in zip(affine.sources, affine.pull(rows), strict=True):
+        curve = ACTIVATIONS.get(network.nodes[source].kind)
+        low, high = region.box if curve is None else map(curve, spans[source])
+        negative = part.clamp(max=0)
+        bound = bound + ((part - negative) * low + negative * high).flatten(1).sum(1)
+    return bound
+
+
+def margin_rows(label: Tensor, classes: int) -> Tensor:
+    """Rows that give z_label − z_j of an output for all other classes j in order, (n, K − 1, K)."""
+    eye = torch.eye(classes, dtype=torch.float64, device=label.device)
+    every = torch.arange(classes, device=label.device).expand(len(label), classes)
+    rivals = every[every != label[:, None]].reshape(len(label), classes - 1)
+    return eye[label][:, None] - eye[rivals]
 
 
 class Slopes:

@@ -17,6 +17,7 @@ from robustlearn.certify.bounds import (
     Deadline,
     crown_bounds,
     interval_bounds,
+    margin_rows,
     row_bounds,
     spread,
 )
@@ -46,9 +47,7 @@ class Property:
     @classmethod
     def of_class(cls, label: int, classes: int) -> "Property":
         """Return that another class is at least as high as this one."""
-        eye = torch.eye(classes, dtype=torch.float64)
-        rival = torch.arange(classes) != label
-        rows = (eye[label] - eye)[rival][:, None]
+        rows = margin_rows(torch.tensor([label]), classes)[0][:, None]
         return cls(rows, rows.new_zeros(rows.shape[:2]))
 
     def value(self, output: Tensor) -> Tensor:
@@ -316,25 +315,18 @@ class _Tree:
         return raised, -cost, self.region.corner(slope)
 
     def _fixed(self, signs: Tensor) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
-        """Return over and above, and the coordinates of the line under that α does not choose."""
+        """Return over, above, and under without what α adds, (boxes, neurons) by activation."""
         found = {}
         for i, part in self.parts.items():
-            given, base, places = signs[:, part], self.base[i], self.places[i]
-            on, free = given > 0, given == 0
-            size = (len(signs), -1)
-
-            def put(
-                values: Tensor, whole: Tensor, places: Tensor = places, size: tuple[int, int] = size
-            ) -> Tensor:
-                whole = whole.flatten()
-                mixed = whole.expand(*size).clone()
+            given, places, line = signs[:, part], self.places[i], self.base[i]
+            on, free = (given > 0).to(line.over.dtype), given == 0
+            over = torch.where(free, line.over.flatten()[places], on)
+            above = torch.where(free, line.above.flatten()[places], 0)
+            lines_ = (line.over, line.above, line.under)
+            whole = [t.flatten().expand(len(signs), -1).clone() for t in lines_]
+            for mixed, values in zip(whole, (over, above, on), strict=True):
                 mixed[:, places] = values
-                return mixed
-
-            over = torch.where(free, base.over.flatten()[places], on.to(base.over.dtype))
-            above = torch.where(free, base.above.flatten()[places], 0)
-            under = put(on.to(base.over.dtype), base.under)
-            found[i] = put(over, base.over), put(above, base.above), under
+            found[i] = whole[0], whole[1], whole[2]
         return found
 
     def _bound(

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from robustlearn._tensor import per_sample
 from robustlearn.certify.base import CERTIFICATES, Certificate, rows
-from robustlearn.certify.bounds import Deadline, crown_bounds, interval_bounds, row_bounds
+from robustlearn.certify.bounds import (
+    Deadline,
+    crown_bounds,
+    interval_bounds,
+    margin_rows,
+    row_bounds,
+)
 from robustlearn.certify.complete import RAISED, REFINED, Property, decide
 from robustlearn.certify.relax import Region, Span_of
 from robustlearn.errors import InputError
@@ -20,6 +26,7 @@ from robustlearn.threats import LpBall
 TOGETHER = 16  # samples that are bounded at once
 LOOKS = 4  # members of a threat at which the model is compared with what was recorded of it
 ROOM = 10  # times the largest difference, which a margin must exceed
+BOTH = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)  # of a regressor's prediction
 AGREES = 1e-3  # largest difference, in units of the outputs, that rounding explains
 
 
@@ -133,7 +140,7 @@ def _bounds(
     classes, found = network.nodes[network.output].shape[-1], []
     for at in torch.arange(len(x)).split(TOGETHER):
         region = Region(x[at], threat.select(at))
-        wanted = _rows(at if label is None else label[at], classes, label is None)
+        wanted = BOTH.expand(len(at), 2, 1) if label is None else margin_rows(label[at], classes)
         owner = torch.arange(len(at)).repeat_interleave(wanted.shape[1])
         flat = wanted.flatten(0, 1)[:, None]
         least = row_bounds(network, region, network.output, flat, owner, spans(region), steps=steps)
@@ -210,15 +217,6 @@ def certified_radius(
         safe = holds(middle)
         low, high = torch.where(safe, middle, low), torch.where(safe, high, middle)
     return low.numpy()
-
-
-def _rows(label: Tensor, classes: int, regression: bool) -> Tensor:
-    """Return what is to be bounded from below, (n, m, K): all margins, or ± the prediction."""
-    if regression:
-        return torch.tensor([[1.0], [-1.0]], dtype=torch.float64).expand(len(label), 2, 1)
-    eye = torch.eye(classes, dtype=torch.float64)
-    rivals = torch.stack([torch.arange(classes)[torch.arange(classes) != k] for k in label])
-    return eye[label][:, None] - eye[rivals]
 
 
 def _interval(name: str, least: Tensor, slack: Tensor, y: Tensor | None) -> Certificate:

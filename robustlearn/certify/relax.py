@@ -100,7 +100,7 @@ def relu_lines(low: Tensor, high: Tensor, alpha: Tensor | None = None) -> Lines:
     Without α, 1 where u > −l, else 0: the smaller triangle.
     """
     on, off = low >= 0, high <= 0
-    slope = high / (high - low)
+    slope = high / torch.where(on | off, 1, high - low)  # no 0/0: its derivative would be NaN
     fixed = torch.where(on, 1.0, 0.0).to(low.dtype)
     over = torch.where(on | off, fixed, slope)
     alpha = (high > -low).to(low.dtype) if alpha is None else alpha

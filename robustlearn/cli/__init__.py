@@ -229,10 +229,10 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Decide a VNN-LIB property: unsat, sat with a counterexample, or unknown."""
-    from robustlearn.cli import verify as verifying
+    from robustlearn.cli import verification
 
-    result = verifying.verified(network, rule, seconds)
-    typer.echo(json.dumps(result) if as_json else verifying.told(result))
+    result = verification.verified(network, rule, seconds)
+    typer.echo(json.dumps(result) if as_json else verification.told(result))
 
 
 @app.command()

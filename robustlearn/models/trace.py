@@ -180,8 +180,8 @@ class Network:
     def _spread(self, node: Node, span: dict[int, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """f(centre) ± |f|(radius), |f| with the sizes of all factors and no constant terms."""
         if node.hull:
-            low, high = ([span[j][side] for j in node.hull] for side in (0, 1))
-            return torch.maximum(*low), torch.maximum(*high)
+            (a, b), (c, d) = (span[j] for j in node.hull)
+            return torch.maximum(a, c), torch.maximum(b, d)
         centre = {j: (span[j][0] + span[j][1]) / 2 for j in node.parents}
         radius = {j: (span[j][1] - span[j][0]) / 2 for j in node.parents}
         middle = self._value(node, {**self.constants, **centre})
@@ -233,7 +233,7 @@ class Network:
             return values[target].clone()
 
         zeros = [self._cast(torch.zeros(self.nodes[i].shape, device=self._device)) for i in chosen]
-        offset, pull = torch.func.vjp(function, *zeros)
+        offset, pull = torch.func.vjp(function, *zeros)[:2]
         adding = sum(self._adds_up(self.nodes[i]) for i in order)
         return Affine(chosen, torch.vmap(pull), offset, len(chosen) == 1 and adding <= 1)
 

@@ -41,9 +41,5 @@ def told(result: dict[str, Any]) -> str:
     """Return the answer, and below it the counterexample as one S-expression."""
     if result["answer"] != "sat":
         return str(result["answer"])
-    values = [f"({name}_{i} {v!r})" for name in "xy" for i, v in enumerate(result[name])]
-    return (
-        "sat\n("
-        + "\n ".join(value.replace("x_", "X_").replace("y_", "Y_") for value in values)
-        + ")"
-    )
+    values = [f"({name}_{i} {v!r})" for name in "XY" for i, v in enumerate(result[name.lower()])]
+    return "sat\n(" + "\n ".join(values) + ")"
