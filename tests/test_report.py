@@ -108,7 +108,6 @@ def test_the_page_needs_nothing_else(folder):
     assert "The mean worst squared error lies between" in text
     assert "robustlearn evaluate --x 'a b'" in text
     assert "proline" in text  # feature names of the table
-    assert "applies to this model" in text  # that no certificate does
 
 
 def test_the_table_for_the_terminal(reports):
