@@ -188,6 +188,8 @@ class _Evaluation:
             steps = [step.defined(self.sizes[0]) for step in steps]
         self._check_that_one_fits(steps, fault)
         runs = self._attacks(steps, fault)
+        if certificate is not None and certificate.witness is not None:
+            runs += self._witnessed(certificate)
         self.known.shrink()
         certificate = self.known.check(certificate)
         told = self.harness.shares.told
@@ -263,15 +265,21 @@ class _Evaluation:
             return None, about | {"reason": f"no certificate applies: {error}"}
         finally:
             self.harness.progress("certificate", len(self.x), len(self.x))
-        if certificate.witness is not None:
-            found = torch.from_numpy(certificate.status == "falsified") & self.known.right
-            points = torch.from_numpy(certificate.witness).to(self.x.dtype)
-            rows = found.nonzero().squeeze(1)
-            if len(rows):
-                before = self.known.standing.clone()
-                self.known.keep(rows, points[rows], Tally())
-                self.known.settle(certificate.method, rows, before)
         return certificate, about | {"method": certificate.method, "exact": certificate.exact}
+
+    def _witnessed(self, certificate: Certificate) -> list[AttackRun]:
+        """Break what still stands by the witnesses that the certificate came upon."""
+        found = torch.from_numpy(certificate.status == "falsified") & self.known.standing
+        rows = found.nonzero().squeeze(1)
+        if len(rows) == 0:
+            return []
+        points = torch.as_tensor(certificate.witness)[rows].to(self.x.dtype)
+        tally, before = Tally(), self.known.standing.clone()
+        self.known.keep(rows, points, tally)
+        self.known.settle(certificate.method, rows, before)
+        broken = int((~self.known.standing[rows]).sum())
+        name = certificate.method
+        return [AttackRun(name, attempted=len(rows), broken=broken, unstable=tally.unstable)]
 
     # ------------------------------------------------------------------ attacks
 

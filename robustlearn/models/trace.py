@@ -272,8 +272,15 @@ def trace(
     """
     example = example[:1].detach().clone()
     recorder = _Recorder(example)
-    with torch.no_grad(), _NoEscape(), recorder:
-        output = torch.func.functionalize(function)(example)
+    try:
+        with torch.no_grad(), _NoEscape(), recorder:
+            output = torch.func.functionalize(function)(example)
+    except ValueError as error:  # batch norm in training mode has no variance over one sample
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{error}: one sample is looked at; call .eval() on the network"
+        ) from error
     last = recorder.numbers.get(id(output)) if isinstance(output, Tensor) else None
     if last is None or recorder.nodes[last].kind == "constant":
         raise InputError(
