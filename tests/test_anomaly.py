@@ -279,7 +279,7 @@ def test_where_rows_repeat_distances_are_plain(monkeypatch):
     plain = roc_auc_score(label, MeanNeighborDetector().fit(train).anomaly_score(test))
     assert area() > plain - 0.005
     monkeypatch.setattr(detector_module, "COPIES", np.inf)  # always local
-    assert area() < plain - 0.05
+    assert area() < plain - 0.03
 
 
 def test_distances_are_local_where_no_row_repeats():
