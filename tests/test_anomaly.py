@@ -273,13 +273,13 @@ def test_where_rows_repeat_distances_are_plain(monkeypatch):
     label = np.r_[np.zeros(300), np.ones(100)]
 
     def area():
-        found = quick(critics=0).fit(train).anomaly_score(test)
+        found = quick(critics=2).fit(train).anomaly_score(test)
         return roc_auc_score(label, found)
 
     plain = roc_auc_score(label, MeanNeighborDetector().fit(train).anomaly_score(test))
     assert area() > plain - 0.005
     monkeypatch.setattr(detector_module, "COPIES", np.inf)  # always local
-    assert area() < plain - 0.05
+    assert area() < plain - 0.03
 
 
 def test_distances_are_local_where_no_row_repeats():

@@ -29,12 +29,13 @@ CLOSEST, FARTHEST = 0.1, 10.0  # spacings around rows, in medians
 class HardNegativeDetector(Detector):
     """Anomalies by local distances in two geometries and by critics trained on hard negatives.
 
-    fused(x) = (1 − γ)·local(x) + γ·plain(x) + w·clip(z(−logit(x)), ±3)
+    fused(x) = (1 − γ)·(local(x) + w·clip(z(−logit(x)), ±3)) + γ·plain(x)
 
     local is the mean of z(s₁), z(s₅) after `by_range` with p = 2, of the same after `by_rank` with
     p = 1, and of twice z(log d₅) after `by_range`; plain that of z(log d₅) after `by_range` and
     `standard`. γ grows from 0 to 1 with the share of training rows that repeat, up to a tenth:
-    where values are discrete, the spacing of rows says nothing of their density.
+    where values are discrete, the spacing of rows says nothing of their density, and the shells
+    of the negatives, which are in its units, have no meaning.
 
     z standardises by median and quartiles over the training rows, each scored as if it were new.
     s_k is the log distance to the k nearest normal rows in units of their own spacing
@@ -185,29 +186,28 @@ class HardNegativeDetector(Detector):
     def _learnt(self, rows: Tensor, generator: torch.Generator) -> Fused:
         if self.scalings_ is None:
             self.scalings_ = by_range(rows), by_rank(rows), standard(rows)
-        parts: list[Part] = []
-        weights: list[float] = []
-        limits: list[float] = []
-        if self.kind == "fused":
-            parts, weights = self._distances(rows, *self.scalings_)
-            limits = [math.inf] * len(parts)
+        if self.kind != "fused":
+            return Fused([self._critical(self.scalings_[1], rows, generator)], [1.0], [math.inf])
+        local, plain = self._distances(rows, *self.scalings_)
+        trust = max(0.0, 1 - local.densities[0].copies / COPIES)
+        parts: list[Part] = [local, plain]
+        weights, limits = [trust, 1 - trust], [math.inf, math.inf]
         if self.critics:
             parts.append(self._critical(self.scalings_[1], rows, generator))
-            weights.append(float(self.logit_weight) if self.kind == "fused" else 1.0)
-            limits.append(LIMIT if self.kind == "fused" else math.inf)
-        return Fused(parts, weights, limits)
+            weights.append(float(self.logit_weight) * trust)
+            limits.append(LIMIT)
+        kept = [number for number, weight in enumerate(weights) if weight > 0]
+        return Fused(
+            [parts[i] for i in kept], [weights[i] for i in kept], [limits[i] for i in kept]
+        )
 
     def _distances(
         self, rows: Tensor, by_ranges: Map, by_ranks: Map, standardised: Map
-    ) -> tuple[list[Part], list[float]]:
-        """Return distances in local units, and plain ones as far as rows repeat."""
+    ) -> tuple[Densities, Distances]:
+        """Return distances in local units, and plain ones."""
         geometries = [(by_ranges, 2.0), (by_ranks, 1.0)][: 2 if self.ranks else 1]
         densities = Densities(geometries, rows, local=self.local)
-        weight = max(0.0, 1 - densities.densities[0].copies / COPIES)
-        plain = Distances([by_ranges, standardised], rows)
-        chosen: list[tuple[Part, float]] = [(densities, weight), (plain, 1 - weight)]
-        kept = [(part, share) for part, share in chosen if share > 0]
-        return [part for part, _ in kept], [share for _, share in kept]
+        return densities, Distances([by_ranges, standardised], rows)
 
     def _critical(self, scaling: Map, rows: Tensor, generator: torch.Generator) -> Part:
         """Train critics, or train them on, and return the part of the score that rests on them."""
