@@ -12,6 +12,7 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 from sklearn.datasets import load_diabetes, load_wine
 from sklearn.linear_model import LogisticRegression, Ridge
@@ -33,6 +34,7 @@ def reports():
     """An image classifier, a table with a certificate, a box that nothing leaves, a regressor."""
     digits = data.load("digits").take(slice(0, 60))
     threat = rl.LpBall(math.inf, 0.1, lower=0, upper=1)
+    torch.manual_seed(0)
     images = evaluate(DigitsNet(), digits.x, digits.y, threat, certify="none")
     x, y = load_wine(return_X_y=True, as_frame=True)
     pipeline = make_pipeline(StandardScaler(), LogisticRegression()).fit(x, y)
