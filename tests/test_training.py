@@ -489,3 +489,105 @@ def test_a_second_overfitting_is_not_advised_what_is_on(few, monkeypatch):
         "use more steps",
     ]
     assert result.settings["rolled_back"] == {"after_epoch": 1, "to": "pgd_at:steps=4"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"criterion": Criterion(smoothing=0.5)}, "smoothing was 0.0, is 0.5"),
+        ({"criterion": Criterion(weights=torch.arange(1.0, 11))}, "class_weights was"),
+        ({"validation": 60}, "validation was"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(few, tmp_path, changed, said):
+    given = {**QUICK, "out": tmp_path, "validation": (few[0][:50], few[1][:50])}
+    fit(network(), few, BALL, **given)
+    if "validation" in changed:
+        changed = {"validation": tuple(part[50 : changed["validation"]] for part in few)}
+    with pytest.raises(rl.InputError, match=said):
+        fit(network(), few, BALL, resume=True, **{**given, **changed})
+
+
+def test_the_settings_tell_how_it_was_trained(few):
+    told = fit(network(), few, BALL, lr=0.01, ema=0.9, optimizer="sgd", **QUICK).settings
+    asked = {"lr": 0.01, "ema": 0.9, "optimizer": "SGD", "batch_size": 64, "precision": "float32"}
+    assert asked.items() <= told.items()
+    assert {"weight_decay", "schedule", "clip", "patience", "accumulate"} <= told.keys()
+
+
+class Shares(nn.Module):
+    """A softmax that is no layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = network()
+
+    def forward(self, x):
+        return self.inner(x).softmax(1)
+
+
+def ending_in(layer, outputs=10):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, outputs), layer)
+
+
+@pytest.mark.parametrize(
+    ("net", "said"),
+    [
+        (ending_in(nn.Softmax(1)), "ends in Softmax.*remove that layer"),
+        (ending_in(nn.Sigmoid(), 1), "ends in Sigmoid"),
+        (nn.Sequential(nn.Sequential(nn.Linear(64, 10), nn.Softmax(-1))), "ends in Softmax"),
+        (Shares(), "returns probabilities"),
+        (nn.Flatten(), "has no parameter to train"),
+        (nn.LazyLinear(10), "lazy layers.*send a batch"),
+        (nn.Linear(64, 10).requires_grad_(False), "has no parameter to train"),
+        (lambda x: x, "training needs a torch network"),
+        (rl.wrap(lambda x: x, num_classes=2), "training needs a torch network"),
+    ],
+)
+def test_networks_that_would_train_on_the_wrong_function_are_refused(few, net, said):
+    y = few[1] if "Sigmoid" not in said else (few[1] > 4).long()
+    with pytest.raises(rl.InputError, match=said):
+        fit(net, (few[0], y), BALL, **QUICK)
+
+
+def test_a_gate_inside_and_the_head_of_a_regressor_are_no_softmax_at_the_end(few):
+    gate = nn.Sequential(nn.Linear(64, 8), nn.Sigmoid(), nn.Linear(8, 10), nn.LogSoftmax(1))
+    fit(gate, few, BALL, **QUICK)
+    fit(ending_in(nn.Sigmoid(), 1), (few[0], few[1] / 9), BALL, **QUICK)
+
+
+X, Y = torch.rand(60, 64, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 10
+
+
+@pytest.mark.parametrize(
+    ("data", "threat", "options", "said"),
+    [
+        ((X, Y), BALL, {"attacks": "standrd"}, "no attack named 'standrd'"),
+        ((X + 1, Y), BALL, {"validation": None}, "data outside the box"),
+        (Samples((X + 1, Y)), BALL, {"validation": None}, "data outside the box"),
+        ((X, Y), BALL, {"validation": (X - 1, Y)}, "data outside the box"),
+        ((X, Y), rl.LpBall(0, 3, lower=0.0, upper=1.0), {}, "is known for p = 1, 2 and ∞; got p"),
+        ((X, Y), rl.LpBall(3, 0.1), {"validation": None}, "got p = 3"),
+        ((X, Y), "linf", {}, "a threat is expected.*got 'linf'"),
+        ((X, Y), BALL, {"validation": (X, Y[:50])}, "validation: x has 60 samples, y has 50"),
+        ((X, Y), BALL, {"test": (X, Y[:50])}, "test: x has 60 samples, y has 50"),
+        ((X, Y), BALL, {"validation": (X, Y, Y)}, r"validation is a pair \(x, y\).*3 parts"),
+        ((X, Y, Y), BALL, {}, r"train is a pair \(x, y\).*3 parts"),
+        ((X, None), BALL, {}, "train has no labels"),
+        (Samples(X), BALL, {"validation": None}, "expected one class or target a sample"),
+        ((X, Y[:, None].repeat(1, 2)), BALL, {}, r"y of train has shape \(60, 2\)"),
+        ((X, Y + 0.5), BALL, {"criterion": "cross_entropy"}, "fractions like 0.5"),
+        ((X, Y + 0.5), BALL, {}, "predicts 10 targets, and squared is for one"),
+        ((X, Y), BALL, {"validation": (X, Y + 5)}, "labels out of range"),
+    ],
+)
+def test_what_cannot_be_is_told_before_the_first_step(data, threat, options, said):
+    def stepped(moment):
+        raise AssertionError("a step was played")
+
+    with pytest.raises(rl.InputError, match=said):
+        fit(network(), data, threat, progress=stepped, **{**QUICK, **options})
+
+
+def test_any_norm_is_trained_where_nothing_walks(few):
+    fit(network(), few, rl.LpBall(3, 0.1), objective="standard", validation=None, **QUICK)

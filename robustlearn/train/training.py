@@ -1,5 +1,6 @@
 """From a fragile network to a robust one: data, game, loop, and the figure at the end."""
 
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -18,11 +19,18 @@ from robustlearn.registry import NOT_NEGATIVE, POSITIVE, check_options
 from robustlearn.report import write_training
 from robustlearn.threats import LpBall
 from robustlearn.train.game import ROLLED_BACK_TO, RobustGame
-from robustlearn.train.givens import check_threat, givens, judged, network_of, share
+from robustlearn.train.givens import check_threat, fingerprint, givens, judged, network_of, share
 from robustlearn.train.memory import Memory
 from robustlearn.train.objectives import OBJECTIVES, Criterion, options_of
 from robustlearn.train.validation import Standing, validate
 
+PLAYED = {  # options of the loop that the weights depend on, and their defaults
+    name: inspect.signature(play).parameters[name].default
+    for name in (
+        *("precision", "compile", "channels_last", "accumulate"),
+        *("ema", "clip", "patience", "on_nonfinite"),
+    )
+}
 FIGURE = "robust"  # what decides which epoch is the best
 KEPT, FRESH = "pgd_at:steps=1:step_size=0.5", "pgd_at:steps=2"  # see `fit`
 ON_OVERFITTING = ("warn", "rollback")
@@ -180,22 +188,30 @@ def fit(
         guarded=on_overfitting == "rollback",
     )
     watch = None if given.choosing is None else _Watch(game, *given.choosing, seed)
+    size = batch_size or samples.batch_size or 64
     settings = {
         "objective": objective,
         "threat": str(threat),
         "epochs": epochs,
+        "batch_size": size,
+        "optimizer": type(game.optimizers["model"]).__name__,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "schedule": schedule,
         "seed": seed,
         "ramp": ramp,
         "memory": game.memory is not None,
         "awp": awp,
-        "criterion": game.criterion.kind,
+        **_told_of(judge),
         "on_overfitting": on_overfitting,
+        "validation": fingerprint(given.choosing),
+        **{key: options.get(key, default) for key, default in PLAYED.items()},
     }
     history = play(
         game,
         samples,
         epochs=epochs,
-        batch_size=batch_size or samples.batch_size or 64,
+        batch_size=size,
         seed=seed,
         schedule=schedule,
         validate=watch,
@@ -265,6 +281,17 @@ def _optimizer(
             net.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=decay
         )
     raise InputError(f"an optimizer is adamw, sgd or a function of parameters; got {chosen!r}")
+
+
+def _told_of(criterion: Criterion) -> dict[str, Any]:
+    """Return a criterion as plain values, the weights of classes as a list."""
+    weights = criterion.weights
+    return {
+        "criterion": criterion.kind,
+        "smoothing": criterion.smoothing,
+        "knee": criterion.knee,
+        "class_weights": None if weights is None else torch.as_tensor(weights).tolist(),
+    }
 
 
 def _check_rollback(policy: str, validation: Any, ema: float | None) -> None:
