@@ -579,6 +579,9 @@ X, Y = torch.rand(60, 64, generator=torch.Generator().manual_seed(0)), torch.ara
         ((X, Y + 0.5), BALL, {"criterion": "cross_entropy"}, "fractions like 0.5"),
         ((X, Y + 0.5), BALL, {}, "predicts 10 targets, and squared is for one"),
         ((X, Y), BALL, {"validation": (X, Y + 5)}, "labels out of range"),
+        (Samples((X, Y + 0.0)), BALL, {"validation": None}, r"give y.long\(\)"),
+        ((X, Y + math.nan), BALL, {}, "y of train holds NaN"),
+        ((X * math.nan, Y), BALL, {}, "x holds NaN"),
     ],
 )
 def test_what_cannot_be_is_told_before_the_first_step(data, threat, options, said):

@@ -94,39 +94,35 @@ def givens(
 ) -> Givens:
     """Check all that was given, and put it into the types that training computes in."""
     whole = _paired(train, "train", threat, net) if _is_pair(train) else None
-    samples = Samples(whole) if whole is not None else Samples.of(train)
-    x, y = _first(samples, threat)
+    samples = Samples.of(train if whole is None else whole)
+    x, y = _first(samples, threat, checked=whole is not None)
     output = _output(net, x)
     judge = _criterion(criterion, samples, y, output)
     _check_output(net, x, output, judge)
-    named = {"validation": validation, "test": test}
-    pairs = {
-        name: _typed(_paired(data, name, threat, net), judge, net)
-        for name, data in named.items()
-        if data is not None and not isinstance(data, float | int)
-    }
-    choosing, telling, told = pairs.get("validation"), pairs.get("test"), "test"
-    if whole is None:
-        _check_kind(samples, judge)
-        if isinstance(validation, float | int):
-            share("validation", float(validation))
+    choosing, telling = (
+        None
+        if data is None or isinstance(data, float | int)
+        else _typed(_paired(data, name, threat, net), judge, net)
+        for name, data in (("validation", validation), ("test", test))
+    )
+    told = CHOSE if test is None else "test"
+    if whole is not None:
+        whole = _typed(whole, judge, net)
+        samples = Samples(whole)
+    if isinstance(validation, float | int):
+        held = share("validation", float(validation))
+        if whole is None:
             raise InputError(
                 "a share can be held out of arrays (x, y) only: give validation=(x, y), or None"
             )
-    else:
-        whole = _typed(whole, judge, net)
-        samples = Samples(whole)
-        if isinstance(validation, float | int):
-            held = share("validation", float(validation))
-            parts = _split(whole, held, seed, halved=telling is None)
-            samples, choosing = Samples(parts[0]), parts[1]
-            if telling is None:
-                telling, told = parts[2], APART
-    if telling is None and choosing is not None:
-        telling, told = choosing, CHOSE
+        train, choosing, rest = _split(whole, held, seed, halved=test is None)
+        samples = Samples(train)
+        if rest is not None:
+            telling, told = rest, APART
     if judge.classifies:
-        _check_labels(judged(net, judge), x, [*samples.labels(), *(y for _, y in pairs.values())])
-    return Givens(samples, choosing, telling, told, judge)
+        labels = [*samples.labels(), *(pair[1] for pair in (choosing, telling) if pair is not None)]
+        _check_labels(judged(net, judge), x, labels)
+    return Givens(samples, choosing, choosing if telling is None else telling, told, judge)
 
 
 def fingerprint(held: Held | None) -> str | None:
@@ -223,6 +219,8 @@ def _check_labels(model: Model, x: Tensor, labels: Sequence[Tensor]) -> None:
     with model.session(), torch.no_grad():
         model(x)
     for y in labels:
+        if y.is_floating_point():
+            raise InputError(f"y holds classes as {y.dtype}; expected whole numbers: give y.long()")
         check_range(model, y)
 
 
@@ -241,10 +239,16 @@ def _paired(data: Any, name: str, threat: LpBall, net: nn.Module) -> Held:
     if data[1] is None:
         raise InputError(f"{name} has no labels or targets: give a pair (x, y)")
     x, y = _tensor.as_tensor(data[0]), _column(_tensor.as_tensor(data[1], "y"), name)
+    dtype = next(net.parameters()).dtype
     if len(x) != len(y):
         raise InputError(f"{name}: x has {len(x)} samples, y has {len(y)}; expected as many")
     _tensor.check_points(x)
-    return threat.cast(x, next(net.parameters()).dtype), y
+    if y.is_floating_point() and not bool(y.isfinite().all()):
+        raise InputError(f"y of {name} holds NaN or infinity; drop those samples")
+    if x.dtype is not dtype:
+        return threat.cast(x, dtype), y
+    threat.check(x)
+    return x, y
 
 
 def _column(y: Tensor, name: str) -> Tensor:
@@ -275,9 +279,10 @@ def _typed(pair: Held, criterion: Criterion, net: nn.Module) -> Held:
     return x, y.long()
 
 
-def _first(samples: Samples, threat: LpBall) -> Held:
+def _first(samples: Samples, threat: LpBall, *, checked: bool) -> Held:
     """Return some samples, and check all that are in memory against the threat."""
-    count = len(samples) if samples.labels() else min(LOOKED_AT, len(samples))
+    some = min(LOOKED_AT, len(samples))
+    count = some if checked or not samples.labels() else len(samples)
     x, y = next(samples.fetch([torch.arange(count)], 0, 0))
     if y.dim() != 1:
         raise InputError(
@@ -287,19 +292,14 @@ def _first(samples: Samples, threat: LpBall) -> Held:
     return x[:LOOKED_AT], y[:LOOKED_AT]
 
 
-def _check_kind(samples: Samples, criterion: Criterion) -> None:
-    """Raise an InputError for labels in memory that are no class numbers where these are needed."""
-    for y in samples.labels():
-        if criterion.classifies and y.is_floating_point():
-            raise InputError(f"{criterion.kind} needs class numbers, got {y.dtype}: give y.long()")
-
-
-def _split(whole: Held, held: float, seed: int, *, halved: bool) -> tuple[Held, *tuple[Any, ...]]:
+def _split(
+    whole: Held, held: float, seed: int, *, halved: bool
+) -> tuple[Held, Held | None, Held | None]:
     """Return what is trained on, what chooses, and what tells: None where there is too little."""
     x, y = whole
     count = min(MOST_HELD_OUT, int(held * len(x)))
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    choosing = -(-count // 2) if halved else count
-    cuts = [order[count:], order[:choosing], order[choosing:count]]
-    kept, *rest = ((x[rows], y[rows]) for rows in (cut.sort().values for cut in cuts))
-    return kept, *(part if len(part[0]) else None for part in rest)
+    cut = -(-count // 2) if halved else count
+    rows = [part.sort().values for part in (order[count:], order[:cut], order[cut:count])]
+    kept, choosing, telling = ((x[part], y[part]) for part in rows)
+    return kept, choosing if cut else None, telling if count > cut else None
