@@ -73,6 +73,15 @@ def test_a_run_equals_a_bare_loop():
         torch.testing.assert_close(game.weights[name], value)
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_was_frozen_in_evaluation_mode_stays_there(whole):
+    net = nn.Sequential(nn.BatchNorm1d(games.D), network())
+    (net if whole else net[0]).eval()
+    play(Plain(net=net), samples(), epochs=2, batch_size=8, validate=lambda modules: {"none": 0.0})
+    assert bool(net[0].running_mean.any()) == whole
+    assert [net.training, net[0].training] == [not whole, False]
+
+
 def test_metrics_are_means_over_samples():
     game = Plain(lr=0.0)
     history = play(game, samples(), epochs=1, batch_size=10)
