@@ -347,3 +347,21 @@ def test_memory(tmp_path, on_disk):
     torch.testing.assert_close(
         kept, torch.stack([delta[1], delta[0], 0 * delta[0]]), atol=0, rtol=4e-3
     )
+
+
+def test_memory_on_disk_overwrites_nothing(tmp_path):
+    file, row = tmp_path / "kept.npy", torch.ones(1, 2)
+    Memory(6, (2,), file)
+    assert not file.exists()  # a start that is refused later leaves nothing behind
+    Memory(6, (2,), file).put(torch.tensor([3]), row)
+    with pytest.raises(rl.InputError, match="would overwrite it"):
+        Memory(6, (2,), file)
+    again = Memory(6, (2,), file, resume=True)
+    assert torch.equal(again.get(torch.tensor([3]), row), row)
+    with pytest.raises(rl.InputError, match=r"shape \(6, 2\); expected .* \(7, 2\)"):
+        Memory(7, (2,), file, resume=True)
+    with pytest.raises(rl.InputError, match="no folder"):
+        Memory(6, (2,), tmp_path / "missing" / "kept.npy")
+    file.write_text("of the user")
+    with pytest.raises(rl.InputError, match="holds no perturbations"):
+        Memory(6, (2,), file, resume=True)

@@ -240,6 +240,42 @@ def test_an_interrupted_training_ends_with_equal_weights(digits, tmp_path, optio
         fit(again, data, BALL, out=tmp_path / "parts", resume=True, **{**given, "awp": 0.3})
 
 
+class Shifted(torch.utils.data.Dataset):
+    """Digits that are moved to and fro by a draw of their own."""
+
+    def __init__(self, x, y, *, draws=True):
+        self.x, self.y, self.draws = x, y, draws
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        shift = int(torch.randint(2, ())) if self.draws else 0
+        return self.x[i].roll(shift), self.y[i]
+
+
+QUICK = {"epochs": 1, "attacks": None, "validation": None}
+
+
+def test_perturbations_of_samples_that_are_drawn_anew_are_not_kept(digits):
+    x, y = digits[0][:128], digits[1][:128]
+    with pytest.raises(rl.InputError, match="memory=False to augment"):
+        fit(network(), Shifted(x, y), BALL, **QUICK)
+    fit(network(), Shifted(x, y), BALL, memory=False, **QUICK)
+    assert fit(network(), Shifted(x, y, draws=False), BALL, **QUICK).settings["memory"]
+
+
+def test_where_features_move_in_whole_steps_ascents_start_afresh():
+    x = torch.randint(0, 5, (64, 4), generator=torch.Generator().manual_seed(0)).float()
+    y = (x[:, 0] > 2).long()
+    kept = {}
+    for integer in ([True, False, False, False], [False] * 4):
+        threat = rl.Tabular(1, 2.0, integer=integer, lower=0.0, upper=4.0)
+        kept[integer[0]] = fit(nn.Linear(4, 2), (x, y), threat, **QUICK).settings
+    assert (kept[True]["memory"], kept[True]["objective"]) == (False, "pgd_at:steps=2")
+    assert kept[False]["memory"]
+
+
 # ---------------------------------------------------------------------- the command line
 
 

@@ -106,6 +106,11 @@ class Samples:
         """How many samples have a number: those of the data, and the extra ones."""
         return sum(self._lengths)
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether all samples are tensors, and none is fetched from a data set."""
+        return all(_held(source) for source in self._sources)
+
     def labels(self) -> list[Tensor]:
         """Return y of the data and of the extra data, of what is in memory."""
         return [source[1] for source in self._sources if _held(source) and source[1].numel()]
@@ -139,7 +144,7 @@ class Samples:
 
     def fetch(self, batches: list[Tensor], seed: int, epoch: int) -> Iterator[tuple[Any, Any]]:
         """Yield x and y of the given sample numbers, batch by batch."""
-        if all(_held(source) for source in self._sources):
+        if self.in_memory:
             return ((self._rows(index, 0), self._rows(index, 1)) for index in batches)
         parts = [TensorDataset(*part) if _held(part) else part for part in self._sources]
         plan = [[(int(i), mixed(seed, "sample", epoch, int(i))) for i in b] for b in batches]

@@ -17,6 +17,7 @@ from robustlearn.loop import History, Moment, Samples, play
 from robustlearn.models import check_range, wrap
 from robustlearn.registry import NOT_NEGATIVE, POSITIVE, check_options
 from robustlearn.report import write_training
+from robustlearn.tabular import Tabular
 from robustlearn.threats import LpBall
 from robustlearn.train.game import RobustGame
 from robustlearn.train.memory import Memory
@@ -26,6 +27,7 @@ from robustlearn.train.validation import Standing, validate
 FIGURE = "robust"  # what decides which epoch is the best
 KEPT, FRESH = "pgd_at:steps=1:step_size=0.5", "pgd_at:steps=2"  # see `fit`
 MOST_HELD_OUT = 1000
+LOOKED_AT = 8  # samples, to tell whether a data set draws them anew
 ON_OVERFITTING = ("warn", "rollback")
 Held = tuple[Tensor, Tensor]
 
@@ -118,7 +120,8 @@ def fit(
     ramp : share of the steps during which ε grows to its full size; without it training at a
         large ε may stay at chance.
     memory : whether each sample's perturbation of the epoch before is where the next ascent
-        starts; the name of a file keeps them on disk, for one process. Not with augmentation;
+        starts; the name of a file keeps them on disk, for one process. Not with augmentation,
+        nor where features move in whole steps, which would round the next step away;
         and for regressors an ascent always starts at x, where the sign of the error is right.
     awp : γ of the adversarial weight perturbation; 0 for none.
     criterion : ``"cross_entropy"``, ``"squared"``, ``"huber"`` or a `Criterion`; by default the
@@ -153,6 +156,9 @@ def fit(
     dtype = next(net.parameters()).dtype
     samples, held = _parts(train, validation, seed, dtype)
     judge = _criterion(criterion, samples)
+    if _rounds(threat):
+        memory = False
+    resume = bool(options.get("resume"))
     objective = objective or (KEPT if memory and judge.classifies else FRESH)
     name, chosen = options_of(objective)
     if OBJECTIVES[name].facts["replays"] > 1 and options.get("accumulate", 1) > 1:
@@ -165,7 +171,7 @@ def fit(
         threat=threat,
         criterion=judge,
         ramp=_share("ramp", ramp),
-        memory=_memory(memory, samples, name) if judge.classifies else None,
+        memory=_memory(memory, samples, name, resume) if judge.classifies else None,
         awp=awp,
         guarded=on_overfitting == "rollback",
     )
@@ -316,13 +322,29 @@ def _check_labels(net: nn.Module, samples: Samples) -> None:
         check_range(model, labels)
 
 
-def _memory(wanted: bool | str | Path, samples: Samples, objective: str) -> Memory | None:
+def _rounds(threat: LpBall) -> bool:
+    """Tell whether kept members stand on whole numbers, which a short step does not leave."""
+    return isinstance(threat, Tabular) and (bool(threat.integer.any()) or bool(threat.groups))
+
+
+def _memory(
+    wanted: bool | str | Path, samples: Samples, objective: str, resume: bool
+) -> Memory | None:
     if wanted is False or not OBJECTIVES[objective].facts["keeps"]:
         return None
-    if samples.augment is not None:
+    if samples.augment is not None or _random(samples):
         raise InputError("kept perturbations belong to unchanged samples: memory=False to augment")
     x, _ = next(samples.fetch([torch.tensor([0])], 0, 0))
     file = None if wanted is True else Path(wanted)
     if file is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("several processes cannot keep perturbations in one file: memory=True")
-    return Memory(samples.numbered, tuple(x.shape[1:]), file)
+    return Memory(samples.numbered, tuple(x.shape[1:]), file, resume=resume)
+
+
+def _random(samples: Samples) -> bool:
+    """Tell whether some samples look different in the next epochs."""
+    if samples.in_memory:
+        return False
+    some = [torch.arange(min(LOOKED_AT, len(samples)))]
+    looks = [next(samples.fetch(some, 0, epoch))[0] for epoch in range(3)]
+    return not all(torch.equal(looks[0], look) for look in looks[1:])
