@@ -265,6 +265,28 @@ def test_perturbations_of_samples_that_are_drawn_anew_are_not_kept(digits):
     assert fit(network(), Shifted(x, y, draws=False), BALL, **QUICK).settings["memory"]
 
 
+@pytest.mark.parametrize("kind", ["dataset", "loader", "samples"])
+def test_a_data_set_is_trained_on_as_arrays_are(digits, kind):
+    x, y = digits[0][:150].double(), digits[1][:150].to(torch.uint8)
+    given = {"epochs": 2, "batch_size": 32, "attacks": None}
+    pairs = Shifted(x, y, draws=False)
+    data = {"dataset": pairs, "loader": torch.utils.data.DataLoader(pairs), "samples": None}
+    nets = [network(), network()]
+    results = [fit(nets[0], (x, y), BALL, **given)]
+    results.append(fit(nets[1], data[kind] or Samples((x, y)), BALL, **given))
+    assert torch.equal(*map(weights, nets))
+    assert len({str(result.history.rows[-1]["validation"]) for result in results}) == 1
+    told = fit(network(), (x, y), BALL, validation=data[kind] or Samples((x, y)), **given)
+    assert told.history.rows[0]["validation"]
+
+
+def test_a_label_of_a_data_set_that_is_no_class_is_named(digits):
+    x, y = digits[0][:64], digits[1][:64] + 3
+    for objective in ("standard", "pgd_at", "trades"):
+        with pytest.raises(rl.InputError, match=r"labels are 3 to 12"):
+            fit(network(), Shifted(x, y, draws=False), BALL, objective=objective, **QUICK)
+
+
 def test_where_features_move_in_whole_steps_ascents_start_afresh():
     x = torch.randint(0, 5, (64, 4), generator=torch.Generator().manual_seed(0)).float()
     y = (x[:, 0] > 2).long()

@@ -196,7 +196,12 @@ def objective(
             criterion = options.get("criterion", CROSS_ENTROPY)
             if classes_only and not criterion.classifies:
                 raise InputError(f"{function.__name__} is for classifiers, not for regressors")
-            return function(model, x, y, threat, **options)
+            try:
+                return function(model, x, y, threat, **options)
+            except (IndexError, RuntimeError) as error:
+                if criterion.classifies and "out of bounds" in str(error):
+                    raise _no_class(y) from error
+                raise
 
         OBJECTIVES.register(
             function.__name__,
@@ -208,6 +213,14 @@ def objective(
         return run  # type: ignore[return-value]
 
     return decorate
+
+
+def _no_class(y: Tensor) -> InputError:
+    low, high = (int(value) for value in y.aminmax())
+    return InputError(
+        "labels are classes of the network, from 0 to one less than its outputs; in a batch the "
+        f"labels are {low} to {high}: number them anew, or give the network as many outputs"
+    )
 
 
 def _crafted(

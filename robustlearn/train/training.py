@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustlearn import _tensor
 from robustlearn.errors import InputError
 from robustlearn.evaluate import Report, evaluate
 from robustlearn.loop import History, Moment, Samples, play
@@ -111,8 +110,8 @@ def fit(
     objective : name of an objective with its options, as ``"trades:beta=6:steps=3"``; they are
         `robustlearn.train.OBJECTIVES`. By default ``"pgd_at"`` with one step of ε/2 where
         perturbations are kept, and with two steps of 1.25ε where they are not.
-    validation : (x, y) to choose the best epoch on; or the share of (x, y) in ``train`` to hold
-        out for that, at most 1,000 samples; or None.
+    validation : (x, y) to choose the best epoch on; or the share of ``train`` to hold out
+        for that, at most 1,000 samples; or None.
     batch_size : 64 by default: small batches do better than large ones at equal cost.
     optimizer : ``"adamw"``, ``"sgd"`` (Nesterov, momentum 0.9), or ``parameters -> Optimizer``.
     schedule, seed, out, **options : as for `robustlearn.loop.play` (resume, patience, precision,
@@ -248,28 +247,23 @@ def _parts(
     train: Any, validation: Any, seed: int, dtype: torch.dtype
 ) -> tuple[Samples, Held | None]:
     """Return the samples to train on, and those held out."""
+    samples = Samples.of(train).typed(dtype)
     if validation is None or not isinstance(validation, float | int):
-        held = None if validation is None else _pair(validation, dtype)
-        paired = isinstance(train, tuple | list) and len(train) == 2
-        return Samples.of(_pair(train, dtype) if paired else train), held
+        return samples, None if validation is None else _pair(validation, dtype)
     share = _share("validation", float(validation))
-    if not (isinstance(train, tuple | list) and len(train) == 2):
-        raise InputError(
-            "a share can be held out of arrays (x, y) only: give validation=(x, y), or None"
-        )
-    x, y = _pair(train, dtype)
-    count = min(MOST_HELD_OUT, int(share * len(x)))
+    count = min(MOST_HELD_OUT, int(share * len(samples)))
     if count == 0:
-        return Samples((x, y)), None
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    kept, out = order[count:].sort().values, order[:count].sort().values
-    return Samples((x[kept], y[kept])), (x[out], y[out])
+        return samples, None
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))
+    return samples.split(order[:count].sort().values)
 
 
-def _pair(data: Sequence[Any], dtype: torch.dtype) -> Held:
-    """Return x in the network's dtype, and y, whole labels as such."""
-    x, y = (_tensor.as_tensor(part, name) for part, name in zip(data, "xy", strict=True))
-    return x.to(dtype), y.to(dtype) if y.is_floating_point() else y.long()
+def _pair(data: Any, dtype: torch.dtype) -> Held:
+    """Return all x in the network's dtype, and y, whole labels as such."""
+    samples = Samples.of(data).typed(dtype)
+    indices = torch.arange(len(samples)).split(MOST_HELD_OUT)
+    x, y = zip(*samples.fetch(list(indices), 0, 0), strict=True)
+    return torch.cat(x), torch.cat(y)
 
 
 def _share(name: str, value: float) -> float:
