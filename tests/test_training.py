@@ -377,11 +377,9 @@ def test_other_refusals(digits):
     x, y = digits
     with pytest.raises(rl.InputError, match="one budget for all samples"):
         fit(network(), digits, rl.LpBall(2, torch.full((len(x),), 0.1)))
-    moved, plain = Samples((x, y), augment=lambda x, keys: x), Samples((x, y))
+    moved = Samples((x, y), augment=lambda x, keys: x)
     with pytest.raises(rl.InputError, match="memory=False to augment"):
         fit(network(), moved, BALL, validation=None)
-    with pytest.raises(rl.InputError, match="a share can be held out of arrays"):
-        fit(network(), plain, BALL)
     with pytest.raises(rl.InputError, match="free steps after each replay"):
         fit(network(), digits, BALL, objective="free", accumulate=2)
     for wrong, said in (

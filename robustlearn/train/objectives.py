@@ -362,7 +362,9 @@ def free(
     """L(f(x + δ), y), where δ is stepped by ε along the same backward pass that trains the weights.
 
     The points are leaves that require a gradient: after the backward pass the trainer steps them
-    and plays the mini-batch again. Source: Shafahi et al. (2019).
+    and plays the mini-batch again. Source: Shafahi et al. (2019), where a mini-batch takes over
+    the δ that the one before left behind; here its δ begins at random, so that what a sample
+    meets depends on none but itself.
     """
     points = craft.points if craft.points is not None else craft.begin(x, threat)
     points = points.detach().requires_grad_()
