@@ -240,6 +240,64 @@ def test_an_interrupted_training_ends_with_equal_weights(digits, tmp_path, optio
         fit(again, data, BALL, out=tmp_path / "parts", resume=True, **{**given, "awp": 0.3})
 
 
+class Shifted(torch.utils.data.Dataset):
+    """Digits that are moved to and fro by a draw of their own."""
+
+    def __init__(self, x, y, *, draws=True):
+        self.x, self.y, self.draws = x, y, draws
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        shift = int(torch.randint(2, ())) if self.draws else 0
+        return self.x[i].roll(shift), self.y[i]
+
+
+QUICK = {"epochs": 1, "attacks": None, "validation": None}
+
+
+def test_perturbations_of_samples_that_are_drawn_anew_are_not_kept(digits):
+    x, y = digits[0][:128], digits[1][:128]
+    with pytest.raises(rl.InputError, match="memory=False to augment"):
+        fit(network(), Shifted(x, y), BALL, **QUICK)
+    fit(network(), Shifted(x, y), BALL, memory=False, **QUICK)
+    assert fit(network(), Shifted(x, y, draws=False), BALL, **QUICK).settings["memory"]
+
+
+@pytest.mark.parametrize("kind", ["dataset", "loader", "samples"])
+def test_a_data_set_is_trained_on_as_arrays_are(digits, kind):
+    x, y = digits[0][:150].double(), digits[1][:150].to(torch.uint8)
+    given = {"epochs": 2, "batch_size": 32, "attacks": None}
+    pairs = Shifted(x, y, draws=False)
+    data = {"dataset": pairs, "loader": torch.utils.data.DataLoader(pairs), "samples": None}
+    nets = [network(), network()]
+    results = [fit(nets[0], (x, y), BALL, **given)]
+    results.append(fit(nets[1], data[kind] or Samples((x, y)), BALL, **given))
+    assert torch.equal(*map(weights, nets))
+    assert len({str(result.history.rows[-1]["validation"]) for result in results}) == 1
+    told = fit(network(), (x, y), BALL, validation=data[kind] or Samples((x, y)), **given)
+    assert told.history.rows[0]["validation"]
+
+
+def test_a_label_of_a_data_set_that_is_no_class_is_named(digits):
+    x, y = digits[0][:64], digits[1][:64] + 3
+    for objective in ("standard", "pgd_at", "trades"):
+        with pytest.raises(rl.InputError, match=r"labels are 3 to 12"):
+            fit(network(), Shifted(x, y, draws=False), BALL, objective=objective, **QUICK)
+
+
+def test_where_features_move_in_whole_steps_ascents_start_afresh():
+    x = torch.randint(0, 5, (64, 4), generator=torch.Generator().manual_seed(0)).float()
+    y = (x[:, 0] > 2).long()
+    kept = {}
+    for integer in ([True, False, False, False], [False] * 4):
+        threat = rl.Tabular(1, 2.0, integer=integer, lower=0.0, upper=4.0)
+        kept[integer[0]] = fit(nn.Linear(4, 2), (x, y), threat, **QUICK).settings
+    assert (kept[True]["memory"], kept[True]["objective"]) == (False, "pgd_at:steps=2")
+    assert kept[False]["memory"]
+
+
 # ---------------------------------------------------------------------- the command line
 
 
@@ -319,11 +377,9 @@ def test_other_refusals(digits):
     x, y = digits
     with pytest.raises(rl.InputError, match="one budget for all samples"):
         fit(network(), digits, rl.LpBall(2, torch.full((len(x),), 0.1)))
-    moved, plain = Samples((x, y), augment=lambda x, keys: x), Samples((x, y))
+    moved = Samples((x, y), augment=lambda x, keys: x)
     with pytest.raises(rl.InputError, match="memory=False to augment"):
         fit(network(), moved, BALL, validation=None)
-    with pytest.raises(rl.InputError, match="a share can be held out of arrays"):
-        fit(network(), plain, BALL)
     with pytest.raises(rl.InputError, match="free steps after each replay"):
         fit(network(), digits, BALL, objective="free", accumulate=2)
     for wrong, said in (

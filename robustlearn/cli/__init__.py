@@ -324,7 +324,7 @@ def train(
             schedule=schedule,
             ramp=ramp,
             memory=memory,
-            criterion=training.criterion(criterion, smoothing, samples.y),
+            criterion=training.criterion(criterion, smoothing),
             awp=awp,
             on_overfitting=on_overfitting,
             seed=seed,

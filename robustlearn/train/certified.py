@@ -99,7 +99,9 @@ def _margins(model: nn.Module, x: Tensor, y: Tensor, threat: LpBall, beta: float
     network.bind(live=True)
     region = Region(x, threat)
     spans = interval_bounds(network, region)
-    rows = margin_rows(y, network.nodes[network.output].shape[-1]).to(x)
+    classes = network.nodes[network.output].shape[-1]
+    single = (2 * y - 1)[:, None, None]  # a logit of class 1 against class 0
+    rows = (single if classes == 1 else margin_rows(y, classes)).to(x)
     owner = torch.arange(len(x), device=x.device).repeat_interleave(rows.shape[1])
     flat = rows.flatten(0, 1)[:, None]
     found = elided(network, region.select(owner), flat, _rows(spans, owner))

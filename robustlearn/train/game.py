@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from robustlearn.attacks.ascent import stepper
 from robustlearn.loop.sharded import load
 from robustlearn.threats import LpBall
-from robustlearn.train.inner import Craft
+from robustlearn.train.inner import Craft, statistics_held
 from robustlearn.train.memory import Memory
 from robustlearn.train.objectives import OBJECTIVES, Criterion, Outcome, options_of
 from robustlearn.train.validation import Standing
@@ -124,7 +124,8 @@ class RobustGame:
         moved: Any = contextlib.nullcontext()
         if self.awp and turn.progress >= self.ramp:
             network = craft.network(model)
-            before = play(network, batch.x, batch.y, threat, craft=craft, **given)
+            with statistics_held(network):
+                before = play(network, batch.x, batch.y, threat, craft=craft, **given)
             moved = perturbed(network, functools.partial(turn.slopes, before.loss), self.awp)
             craft = replace(craft, points=before.points.detach())
         with moved:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils.data import DataLoader, Dataset
 
 from robustlearn import _tensor
 from robustlearn.errors import InputError
@@ -93,8 +94,9 @@ def givens(
     seed: int,
 ) -> Givens:
     """Check all that was given, and put it into the types that training computes in."""
+    dtype = next(net.parameters()).dtype
     whole = _paired(train, "train", threat, net) if _is_pair(train) else None
-    samples = Samples.of(train if whole is None else whole)
+    samples = Samples.of(train if whole is None else whole).typed(dtype)
     x, y = _first(samples, threat, checked=whole is not None)
     output = _output(net, x)
     judge = _criterion(criterion, samples, y, output)
@@ -102,23 +104,19 @@ def givens(
     choosing, telling = (
         None
         if data is None or isinstance(data, float | int)
-        else _typed(_paired(data, name, threat, net), judge, net)
+        else _typed(_paired(_fetched(data, dtype), name, threat, net), judge, net)
         for name, data in (("validation", validation), ("test", test))
     )
     told = CHOSE if test is None else "test"
     if whole is not None:
-        whole = _typed(whole, judge, net)
-        samples = Samples(whole)
+        samples = Samples(_typed(whole, judge, net))
     if isinstance(validation, float | int):
         held = share("validation", float(validation))
-        if whole is None:
-            raise InputError(
-                "a share can be held out of arrays (x, y) only: give validation=(x, y), or None"
-            )
-        train, choosing, rest = _split(whole, held, seed, halved=test is None)
-        samples = Samples(train)
+        samples, choosing, rest = _split(samples, held, seed, halved=test is None)
+        if choosing is not None:
+            choosing = _typed(_paired(choosing, "train", threat, net), judge, net)
         if rest is not None:
-            telling, told = rest, APART
+            telling, told = _typed(_paired(rest, "train", threat, net), judge, net), APART
     if judge.classifies:
         labels = [*samples.labels(), *(pair[1] for pair in (choosing, telling) if pair is not None)]
         _check_labels(judged(net, judge), x, labels)
@@ -231,6 +229,16 @@ def _is_pair(data: Any) -> bool:
     return isinstance(data, tuple | list)
 
 
+def _fetched(data: Any, dtype: torch.dtype) -> Any:
+    """Return all of a data set as a pair; what is one already stays as it is."""
+    if not isinstance(data, Dataset | DataLoader | Samples):
+        return data
+    samples = Samples.of(data).typed(dtype)
+    parts = torch.arange(len(samples)).split(MOST_HELD_OUT)
+    x, y = zip(*samples.fetch(list(parts), 0, 0), strict=True)
+    return torch.cat(x), torch.cat(y)
+
+
 def _paired(data: Any, name: str, threat: LpBall, net: nn.Module) -> Held:
     """Return x, in the threat and in the network's dtype, and y (n,)."""
     if not _is_pair(data) or len(data) != 2:
@@ -293,13 +301,14 @@ def _first(samples: Samples, threat: LpBall, *, checked: bool) -> Held:
 
 
 def _split(
-    whole: Held, held: float, seed: int, *, halved: bool
-) -> tuple[Held, Held | None, Held | None]:
+    samples: Samples, held: float, seed: int, *, halved: bool
+) -> tuple[Samples, Held | None, Held | None]:
     """Return what is trained on, what chooses, and what tells: None where there is too little."""
-    x, y = whole
-    count = min(MOST_HELD_OUT, int(held * len(x)))
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    count = min(MOST_HELD_OUT, int(held * len(samples)))
+    if count == 0:
+        return samples, None, None
+    order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed))
     cut = -(-count // 2) if halved else count
-    rows = [part.sort().values for part in (order[count:], order[:cut], order[cut:count])]
-    kept, choosing, telling = ((x[part], y[part]) for part in rows)
-    return kept, choosing if cut else None, telling if count > cut else None
+    choosing, telling = order[:cut].sort().values, order[cut:count].sort().values
+    kept, (x, y) = samples.split(torch.cat([choosing, telling]))
+    return kept, (x[:cut], y[:cut]), (x[cut:], y[cut:]) if count > cut else None

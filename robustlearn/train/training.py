@@ -17,6 +17,7 @@ from robustlearn.loop import History, Moment, Samples, play
 from robustlearn.models import TorchModel
 from robustlearn.registry import NOT_NEGATIVE, POSITIVE, check_options
 from robustlearn.report import write_training
+from robustlearn.tabular import Tabular
 from robustlearn.threats import LpBall
 from robustlearn.train.game import ROLLED_BACK_TO, RobustGame
 from robustlearn.train.givens import check_threat, fingerprint, givens, judged, network_of, share
@@ -33,6 +34,7 @@ PLAYED = {  # options of the loop that the weights depend on, and their defaults
 }
 FIGURE = "robust"  # what decides which epoch is the best
 KEPT, FRESH = "pgd_at:steps=1:step_size=0.5", "pgd_at:steps=2"  # see `fit`
+LOOKED_AT = 8  # samples, to tell whether a data set draws them anew
 ON_OVERFITTING = ("warn", "rollback")
 
 
@@ -117,7 +119,7 @@ def fit(
     objective : name of an objective with its options, as ``"trades:beta=6:steps=3"``; they are
         `robustlearn.train.OBJECTIVES`. By default ``"pgd_at"`` with one step of ε/2 where
         perturbations are kept, and with two steps of 1.25ε where they are not.
-    validation : (x, y) to choose the best epoch on; or the share of (x, y) in ``train`` to hold
+    validation : (x, y) to choose the best epoch on; or the share of ``train`` to hold
         out, at most 2,000 samples; or None. Without ``test`` one half of the share chooses the
         epoch, and the report is about the other.
     test : (x, y) for the report, which the choice of the epoch does not look at. Without it, and
@@ -130,7 +132,8 @@ def fit(
     ramp : share of the steps during which ε grows to its full size; without it training at a
         large ε may stay at chance.
     memory : whether each sample's perturbation of the epoch before is where the next ascent
-        starts; the name of a file keeps them on disk, for one process. Not with augmentation;
+        starts; the name of a file keeps them on disk, for one process. Not with augmentation,
+        nor where features move in whole steps, which would round the next step away;
         and for regressors an ascent always starts at x, where the sign of the error is right.
     awp : γ of the adversarial weight perturbation; 0 for none.
     criterion : ``"cross_entropy"``, ``"squared"``, ``"huber"`` or a `Criterion`; by default the
@@ -170,6 +173,8 @@ def fit(
     check_threat(threat, name, validated=validation is not None)
     given = givens(net, train, validation, test, threat, criterion, seed)
     samples, judge = given.samples, given.criterion
+    if _rounds(threat):
+        memory = False
     if objective is None:
         objective = KEPT if memory and judge.classifies else FRESH
         name, chosen = options_of(objective)
@@ -183,7 +188,9 @@ def fit(
         threat=threat,
         criterion=judge,
         ramp=share("ramp", ramp),
-        memory=_memory(memory, samples, name) if judge.classifies else None,
+        memory=_memory(memory, samples, name, bool(options.get("resume")))
+        if judge.classifies
+        else None,
         awp=awp,
         guarded=on_overfitting == "rollback",
     )
@@ -305,13 +312,29 @@ def _check_rollback(policy: str, validation: Any, ema: float | None) -> None:
         )
 
 
-def _memory(wanted: bool | str | Path, samples: Samples, objective: str) -> Memory | None:
+def _rounds(threat: LpBall) -> bool:
+    """Tell whether kept members stand on whole numbers, which a short step does not leave."""
+    return isinstance(threat, Tabular) and (bool(threat.integer.any()) or bool(threat.groups))
+
+
+def _memory(
+    wanted: bool | str | Path, samples: Samples, objective: str, resume: bool
+) -> Memory | None:
     if wanted is False or not OBJECTIVES[objective].facts["keeps"]:
         return None
-    if samples.augment is not None:
+    if samples.augment is not None or _random(samples):
         raise InputError("kept perturbations belong to unchanged samples: memory=False to augment")
     x, _ = next(samples.fetch([torch.tensor([0])], 0, 0))
     file = None if wanted is True else Path(wanted)
     if file is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("several processes cannot keep perturbations in one file: memory=True")
-    return Memory(samples.numbered, tuple(x.shape[1:]), file)
+    return Memory(samples.numbered, tuple(x.shape[1:]), file, resume=resume)
+
+
+def _random(samples: Samples) -> bool:
+    """Tell whether some samples look different in the next epochs."""
+    if samples.in_memory:
+        return False
+    some = [torch.arange(min(LOOKED_AT, len(samples)))]
+    looks = [next(samples.fetch(some, 0, epoch))[0] for epoch in range(3)]
+    return not all(torch.equal(looks[0], look) for look in looks[1:])
