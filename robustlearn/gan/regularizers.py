@@ -157,7 +157,7 @@ def spectral(module: nn.Module) -> nn.Module:
     >>> layer = spectral(nn.Linear(5, 3, bias=False))
     >>> for _ in range(100):
     ...     _ = layer(torch.zeros(1, 5))
-    >>> round(float(torch.linalg.svdvals(layer.weight)[0]), 3)
+    >>> round(torch.linalg.svdvals(layer.weight.detach())[0].item(), 3)
     1.0
     """
     found = [part for part in module.modules() if isinstance(part, LAYERS)]
