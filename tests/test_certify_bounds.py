@@ -223,6 +223,18 @@ def test_what_is_not_known_is_refused_by_name(function, told):
         trace(Of(function), torch.ones(2, 2))
 
 
+def test_a_network_that_cuts_its_gradient_is_bounded_as_if_it_did_not():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 3))
+    x = torch.rand(4, 3)
+    for method in ("ibp", "crown", "complete"):
+        margins = [
+            rl.certify(model, x, rl.LpBall(math.inf, 0.1), method=method).margin
+            for model in (net, Of(lambda x: net(x.detach())))
+        ]
+        torch.testing.assert_close(*(torch.as_tensor(margin) for margin in margins))
+
+
 def test_no_budget_gives_the_outputs_and_a_huge_one_is_sound():
     net, x = made("residual")
     with torch.no_grad():

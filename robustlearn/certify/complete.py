@@ -156,6 +156,8 @@ def falsify(
         with torch.enable_grad():
             leaf = delta.requires_grad_()
             value = rule.value(network(x + leaf)).gather(1, target[:, None]).squeeze(1)
+            if not value.requires_grad:  # the network cuts its gradient
+                return None
             (slope,) = torch.autograd.grad(value.sum(), leaf)
         delta = delta.detach()
         found = confirmed(network, region, rule, (x + delta)[value <= 0], dtype)

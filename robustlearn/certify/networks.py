@@ -172,7 +172,8 @@ def recorded(model: Model, x: Tensor, threat: LpBall) -> tuple[Network, Tensor]:
             wide = point.double()
             point = threat.enclose(point, wide + threat.argmax(drawn, wide))
         with torch.no_grad():
-            theirs = model(point.to(model.device)).cpu().double().reshape(len(x), -1)
+            parts = [model(part.to(model.device)).cpu() for part in point.split(TOGETHER)]
+            theirs = torch.cat(parts).double().reshape(len(x), -1)
             ours = network(point.double())
         apart = torch.maximum(apart, (ours - theirs).abs().amax(1))
         if bool((apart > AGREES * (1 + ours.abs().amax(1))).any()):

@@ -27,7 +27,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 # Selections, orders and means: linear, no offset, coefficients ≥ 0.
 MOVES = """view _unsafe_view reshape permute transpose t unsqueeze squeeze expand slice select
-alias clone detach cat stack index_select mean sum avg_pool1d avg_pool2d avg_pool3d
+alias clone cat stack index_select mean sum avg_pool1d avg_pool2d avg_pool3d
 _adaptive_avg_pool2d _adaptive_avg_pool3d constant_pad_nd reflection_pad1d reflection_pad2d
 replication_pad1d replication_pad2d repeat flip roll upsample_nearest2d im2col pixel_shuffle
 select_scatter slice_scatter""".split()
@@ -341,6 +341,8 @@ class _Recorder(TorchDispatchMode):
             if kind not in (torch.float32, torch.float64):
                 raise _refusal(name, f"it casts to {kind}")
             name, func, args, options = "alias", aten.alias.default, args[:1], {}
+        if name == "detach":  # cuts the gradient, by which slopes are computed, not the values
+            name, func = "alias", aten.alias.default
         self._check(name, func, args, options)
         return self._file("affine", func, args, options, parents, ROLES[name])
 
