@@ -402,6 +402,14 @@ def test_the_best_epoch_is_kept_and_patience_ends_the_run(tmp_path):
     assert equal(load_file(tmp_path / "model.safetensors"), seen[1])
 
 
+def test_patience_begins_once_the_game_has_settled():
+    """While the adversary still grows, figures fall without anything being amiss."""
+    figures = iter([0.9, 0.6, 0.4, 0.3, 0.5, 0.2])
+    given = {"epochs": 6, "batch_size": 8, "patience": 2}
+    history = play(Plain(), samples(), validate=lambda m: {"a": next(figures)}, settled=3, **given)
+    assert (history.best, history.stopped, len(history.rows)) == (0, "patience", 5)
+
+
 def test_without_validation_the_last_weights_are_kept():
     game = Plain()
     history = play(game, samples(), epochs=2, batch_size=8)

@@ -36,6 +36,7 @@ def play(
     validate: Validate | None = None,
     figure: str | None = None,
     patience: int | None = None,
+    settled: int = 0,
     out: str | Path | None = None,
     resume: bool = False,
     save_every: float = 60.0,
@@ -72,6 +73,7 @@ def play(
         mode; what the first process finds counts. The best epoch is the one with the highest
         ``figure``, by default the first of them.
     patience : epochs without a better figure after which training stops.
+    settled : how many epochs the game itself still changes in; patience begins after them.
     out : folder of the checkpoint, of ``NAME.safetensors`` with the best weights of each module,
         and of tracker logs. All processes read it, the first one writes.
     resume : go on from the checkpoint in ``out``; from the start if there is none yet.
@@ -133,6 +135,7 @@ def play(
         schedule=schedule,
         on_nonfinite=on_nonfinite,
         patience=patience,
+        settled=settled,
         figure=figure,
     )
     options.check(game, validated=validate is not None)
@@ -330,13 +333,18 @@ class _Run:
         at.epoch, at.step, at.seconds = at.epoch + 1, 0, 0.0
         guard.skipped = guard.updates = 0
         self.meter, self.started = Meter(), time.perf_counter()
-        patience = self.options.patience
-        if patience is not None and at.best is not None and at.epoch - 1 - at.best >= patience:
+        if self._out_of_patience():
             at.stopped = "patience"
         elif at.epoch >= self.options.epochs:
             at.stopped = "finished"
         if self._due() or at.stopped:
             self._save()
+
+    def _out_of_patience(self) -> bool:
+        at, patience = self.position, self.options.patience
+        if patience is None or at.best is None:
+            return False
+        return at.epoch - 1 - max(at.best, self.options.settled - 1) >= patience
 
     def _tell(self, figures: Mapping[str, float] | None = None) -> None:
         if self.progress is not None and self.ranks.first:

@@ -11,7 +11,7 @@ from robustlearn.train.inner import Craft, evaluating
 from robustlearn.train.objectives import CROSS_ENTROPY, PLAIN, Criterion, Outcome, objective, pgd_at
 
 
-@objective(classes_only=True)
+@objective(classes_only=True, climbs=False)
 def ibp(
     model: nn.Module,
     x: Tensor,
@@ -31,7 +31,7 @@ def ibp(
     return _mixed(model, x, y, threat, weight, 0.0, criterion, craft)
 
 
-@objective(classes_only=True)
+@objective(classes_only=True, climbs=False)
 def crown_ibp(
     model: nn.Module,
     x: Tensor,

@@ -16,11 +16,10 @@ from robustlearn.errors import InputError
 from robustlearn.loop import Samples
 from robustlearn.models import Model, TorchModel, check_range, wrap
 from robustlearn.threats import LpBall
-from robustlearn.train.objectives import Criterion
+from robustlearn.train.objectives import OBJECTIVES, Criterion
 
 MOST_HELD_OUT = 2000
 LOOKED_AT = 8  # samples that the network is tried on
-WITHOUT_STEPS = ("standard", "gaussian", "ibp", "crown_ibp")  # objectives that take any p
 APART = "held out, apart from those that chose the epoch"
 CHOSE = "held out, those that chose the epoch: biased upwards"
 Held = tuple[Tensor, Tensor]
@@ -76,7 +75,7 @@ def check_threat(threat: Any, objective: str, *, validated: bool) -> None:
         )
     if isinstance(threat.eps, Tensor):
         raise InputError("give one budget for all samples: those held out have none of their own")
-    if threat.p not in (1, 2, math.inf) and (validated or objective not in WITHOUT_STEPS):
+    if threat.p not in (1, 2, math.inf) and (validated or OBJECTIVES[objective].facts["climbs"]):
         raise InputError(
             f"training and its validation walk by parts of ε and project, which is known "
             f"for p = 1, 2 and ∞; got p = {threat.p:g}: train for one of these, and evaluate for "

@@ -1,6 +1,7 @@
 """Perturbations that are kept from epoch to epoch, one a sample."""
 
 import functools
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,11 @@ import torch
 from torch import Tensor
 
 from robustlearn.errors import InputError
+from robustlearn.loop import Samples
+from robustlearn.tabular import Tabular
+from robustlearn.threats import LpBall
+
+LOOKED_AT = 8  # samples, to tell whether a data set draws them anew
 
 
 class Memory:
@@ -88,3 +94,32 @@ def _check_file(file: Path, size: tuple[int, ...], resume: bool) -> None:
             f"{file} holds {held[1]} of shape {held[0]}; expected perturbations of this run, int16 "
             f"of shape {size}: name its own file"
         )
+
+
+def memory_of(samples: Samples, file: Path | None, *, resume: bool) -> Memory:
+    """Return a memory for samples that look the same in every epoch.
+
+    Raises
+    ------
+    InputError for samples that do not, and for a file that several processes would write to.
+    """
+    if samples.augment is not None or _drawn_anew(samples):
+        raise InputError("kept perturbations belong to unchanged samples: memory=False to augment")
+    if file is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("several processes cannot keep perturbations in one file: memory=True")
+    x, _ = next(samples.fetch([torch.tensor([0])], 0, 0))
+    return Memory(samples.numbered, tuple(x.shape[1:]), file, resume=resume)
+
+
+def moves_in_steps(threat: LpBall) -> bool:
+    """Tell whether members stand on whole numbers, which a short step does not leave."""
+    return isinstance(threat, Tabular) and (bool(threat.integer.any()) or bool(threat.groups))
+
+
+def _drawn_anew(samples: Samples) -> bool:
+    """Tell whether some samples look different in the next epochs."""
+    if samples.in_memory:
+        return False
+    some = [torch.arange(min(LOOKED_AT, len(samples)))]
+    looks = [next(samples.fetch(some, 0, epoch))[0] for epoch in range(3)]
+    return not all(torch.equal(looks[0], look) for look in looks[1:])

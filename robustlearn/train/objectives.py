@@ -177,6 +177,7 @@ def objective(
     *,
     classes_only: bool = False,
     replays: int = 1,
+    climbs: bool = True,
     keeps: bool = True,
     **ranges: Range,
 ) -> Callable[[Function], Function]:
@@ -186,6 +187,7 @@ def objective(
     ----------
     classes_only : whether it is for classifiers alone.
     replays : how often each mini-batch is played, with its perturbations kept.
+    climbs : whether it takes projected steps, which are known for p = 1, 2 and ∞.
     keeps : whether an ascent can start where the sample's perturbation stood an epoch ago.
     ranges : of options that are not those in ``OWN``.
     """
@@ -207,7 +209,8 @@ def objective(
             function.__name__,
             classes_only=classes_only,
             replays=replays,
-            keeps=keeps,
+            climbs=climbs,
+            keeps=keeps and climbs,
             ranges={**OWN, **ranges},
         )(run)
         return run  # type: ignore[return-value]
@@ -251,7 +254,7 @@ def _told(loss: Tensor, points: Tensor, output: Tensor, y: Tensor, criterion: Cr
     return Outcome(loss, points, metrics)
 
 
-@objective(keeps=False)
+@objective(climbs=False)
 def standard(
     model: nn.Module,
     x: Tensor,
@@ -271,7 +274,7 @@ def standard(
     return _told(criterion(output, y), x, output, y, criterion)
 
 
-@objective(keeps=False)
+@objective(climbs=False)
 def gaussian(
     model: nn.Module,
     x: Tensor,

@@ -1,7 +1,7 @@
 """From a fragile network to a robust one: data, game, loop, and the figure at the end."""
 
 import inspect
-import os
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,15 +13,14 @@ from torch import Tensor, nn
 
 from robustlearn.errors import InputError
 from robustlearn.evaluate import Report, evaluate, plan
-from robustlearn.loop import History, Moment, Samples, play
+from robustlearn.loop import History, Moment, play
 from robustlearn.models import TorchModel
 from robustlearn.registry import NOT_NEGATIVE, POSITIVE, check_options
 from robustlearn.report import write_training
-from robustlearn.tabular import Tabular
 from robustlearn.threats import LpBall
 from robustlearn.train.game import ROLLED_BACK_TO, RobustGame
 from robustlearn.train.givens import check_threat, fingerprint, givens, judged, network_of, share
-from robustlearn.train.memory import Memory
+from robustlearn.train.memory import memory_of, moves_in_steps
 from robustlearn.train.objectives import OBJECTIVES, Criterion, options_of
 from robustlearn.train.validation import Standing, validate
 
@@ -34,7 +33,6 @@ PLAYED = {  # options of the loop that the weights depend on, and their defaults
 }
 FIGURE = "robust"  # what decides which epoch is the best
 KEPT, FRESH = "pgd_at:steps=1:step_size=0.5", "pgd_at:steps=2"  # see `fit`
-LOOKED_AT = 8  # samples, to tell whether a data set draws them anew
 ON_OVERFITTING = ("warn", "rollback")
 
 
@@ -173,11 +171,12 @@ def fit(
     check_threat(threat, name, validated=validation is not None)
     given = givens(net, train, validation, test, threat, criterion, seed)
     samples, judge = given.samples, given.criterion
-    if _rounds(threat):
-        memory = False
+    starts = bool(memory) and judge.classifies and not moves_in_steps(threat)
     if objective is None:
-        objective = KEPT if memory and judge.classifies else FRESH
+        objective = KEPT if starts else FRESH
         name, chosen = options_of(objective)
+    kept = starts and OBJECTIVES[name].facts["keeps"]
+    file = None if isinstance(memory, bool) else Path(memory)
     if OBJECTIVES[name].facts["replays"] > 1 and options.get("accumulate", 1) > 1:
         raise InputError(f"{name} steps after each replay, and cannot accumulate: accumulate=1")
     game = RobustGame(
@@ -188,9 +187,7 @@ def fit(
         threat=threat,
         criterion=judge,
         ramp=share("ramp", ramp),
-        memory=_memory(memory, samples, name, bool(options.get("resume")))
-        if judge.classifies
-        else None,
+        memory=memory_of(samples, file, resume=bool(options.get("resume"))) if kept else None,
         awp=awp,
         guarded=on_overfitting == "rollback",
     )
@@ -223,6 +220,7 @@ def fit(
         schedule=schedule,
         validate=watch,
         figure=None if watch is None else FIGURE,
+        settled=math.ceil(ramp * epochs),
         out=out,
         progress=progress,
         settings=settings,
@@ -310,31 +308,3 @@ def _check_rollback(policy: str, validation: Any, ema: float | None) -> None:
         raise InputError(
             "on_overfitting='rollback' returns to single weights, not to their mean: leave out ema"
         )
-
-
-def _rounds(threat: LpBall) -> bool:
-    """Tell whether kept members stand on whole numbers, which a short step does not leave."""
-    return isinstance(threat, Tabular) and (bool(threat.integer.any()) or bool(threat.groups))
-
-
-def _memory(
-    wanted: bool | str | Path, samples: Samples, objective: str, resume: bool
-) -> Memory | None:
-    if wanted is False or not OBJECTIVES[objective].facts["keeps"]:
-        return None
-    if samples.augment is not None or _random(samples):
-        raise InputError("kept perturbations belong to unchanged samples: memory=False to augment")
-    x, _ = next(samples.fetch([torch.tensor([0])], 0, 0))
-    file = None if wanted is True else Path(wanted)
-    if file is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("several processes cannot keep perturbations in one file: memory=True")
-    return Memory(samples.numbered, tuple(x.shape[1:]), file, resume=resume)
-
-
-def _random(samples: Samples) -> bool:
-    """Tell whether some samples look different in the next epochs."""
-    if samples.in_memory:
-        return False
-    some = [torch.arange(min(LOOKED_AT, len(samples)))]
-    looks = [next(samples.fetch(some, 0, epoch))[0] for epoch in range(3)]
-    return not all(torch.equal(looks[0], look) for look in looks[1:])
