@@ -42,7 +42,38 @@ def _bounded(model: Model, threat: LpBall, x: Tensor) -> bool:
     return model.task == "classification" and _applies(model, threat, x)
 
 
-@CERTIFICATES.register("complete", applies=_bounded)
+def _effort(network: Network) -> float:
+    """About how many passes of a sample the backward passes of CROWN cost."""
+    total, cost = 0, 0
+    for i, node in enumerate(network.nodes):
+        if node.kind != "constant":
+            total += math.prod(node.shape)
+        if i in network.activations and network.segments[i].sources != (0,):
+            cost += math.prod(node.shape) * total
+    return cost / total
+
+
+def _within(model: Model, x: Tensor, threat: LpBall, y: Tensor | None, passes: int) -> Certificate:
+    """Bound all samples by intervals, and by CROWN those that promise most."""
+    network, slack = recorded(model, x, threat)
+    wide = x.detach().cpu().double()
+    output = network(wide)
+    label = _labels(model, output, y)
+    with torch.no_grad():
+        least = _bounds(network, wide, threat, label, lambda part: interval_bounds(network, part))
+        margin, proven, wrong = _judged(least, slack, output, label)
+        promise = margin.masked_fill(proven | wrong, -torch.inf)
+        order = promise.argsort(descending=True, stable=True)[: int((~(proven | wrong)).sum())]
+        chosen = order[: int(passes / max(1.0, _effort(network)))]
+        if len(chosen):
+            least[chosen] = _bounds(
+                network, wide[chosen], threat.select(chosen), None if label is None else
+                label[chosen], lambda part: crown_bounds(network, part)
+            )  # fmt: skip
+    return _stated("crown", least, slack, output, label, y, threat)
+
+
+@CERTIFICATES.register("complete", applies=_bounded, within=_within)
 def complete(
     model: Model, x: Tensor, threat: LpBall, y: Tensor | None, seconds: float = math.inf
 ) -> Certificate:
@@ -104,28 +135,50 @@ def _register(
         network, slack = recorded(model, x, threat)
         wide, end = x.detach().cpu().double(), Deadline.after(seconds * len(x))
         output = network(wide)
-        label = output.argmax(1) if y is None or model.task == "regression" else y.cpu().long()
+        label = _labels(model, output, y)
         with torch.no_grad():
             least = _bounds(
-                network, wide, threat, None if model.task == "regression" else label,
-                lambda region: spans(network, region, end), steps,
-            )  # fmt: skip
-        if model.task == "regression":
-            return _interval(name, least, slack, y)
-        margin = least.amin(1).nan_to_num(nan=-torch.inf)
-        proven = rows(margin > slack)
-        wrong = rows(output.argmax(1) != label)
-        return Certificate(
-            name,
-            exact=False,
-            radius=np.where(proven, _eps(threat, len(x)), 0.0),
-            certified=proven,
-            margin=rows(margin),
-            status=np.where(proven, "certified", np.where(wrong, "falsified", "open")),
-        )
+                network, wide, threat, label, lambda region: spans(network, region, end), steps
+            )
+        return _stated(name, least, slack, output, label, y, threat)
 
     method.__doc__ = summary
-    CERTIFICATES.register(name, applies=_applies)(method)
+    CERTIFICATES.register(name, applies=_applies, within=_within)(method)
+
+
+def _labels(model: Model, output: Tensor, y: Tensor | None) -> Tensor | None:
+    """Return the classes that must hold; None for a regressor."""
+    if model.task == "regression":
+        return None
+    return output.argmax(1) if y is None else y.detach().cpu().long()
+
+
+def _judged(
+    least: Tensor, slack: Tensor, output: Tensor, label: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the least margin (n,), and which samples are proven, and wrong as they are."""
+    margin = least.amin(1).nan_to_num(nan=-torch.inf)
+    nothing = torch.zeros(len(least), dtype=torch.bool)
+    if label is None:
+        return margin, nothing, nothing
+    return margin, margin > slack, output.argmax(1) != label
+
+
+def _stated(
+    name: str, least: Tensor, slack: Tensor, output: Tensor, label: Tensor | None,
+    y: Tensor | None, threat: LpBall,
+) -> Certificate:  # fmt: skip
+    if label is None:
+        return _interval(name, least, slack, y)
+    margin, proven, wrong = _judged(least, slack, output, label)
+    return Certificate(
+        name,
+        exact=False,
+        radius=np.where(proven, _eps(threat, len(least)), 0.0),
+        certified=rows(proven),
+        margin=rows(margin),
+        status=np.where(proven, "certified", np.where(wrong, "falsified", "open")),
+    )
 
 
 def _bounds(

@@ -27,7 +27,6 @@ from robustlearn.models import labels as labels_of
 from robustlearn.models import wrap
 from robustlearn.threats import LpBall
 
-SECONDS = 0.05  # that the certificate of a sample may take in the mean
 FEW = 8  # samples that are all near the boundary
 AUDITED = 64  # samples of an audit; twice as many or fewer are all attacked
 
@@ -73,9 +72,9 @@ def evaluate(
         an audit that breaks one goes on with all, and the report bounds what it left undone.
         Samples that are certified are attacked once, as a check of the certificate. Where p is
         not 1, 2 or ∞, presets end with what takes any norm: `fgsm` and `deepfool`.
-    certify : ``"auto"``, a method, or ``"none"``; with ``"auto:seconds=10"`` a network's samples
-        may take that long each in the mean, by default 0.05 s. What is then neither certified nor
-        falsified is open.
+    certify : ``"auto"``, a method, or ``"none"``. On a network ``"auto"`` spends about as much as
+        the attacks, on CROWN; ``"auto:seconds=10"`` decides what that many seconds a sample, in
+        the mean, suffice for. What is then neither certified nor falsified is open.
     budget : the most gradients and forward passes a sample, ``"gradients=60,forwards=500"``;
         attacks are shortened to fit, or left out, and the report says which. What it takes to
         measure their points again, and the verdict on at most 64 samples, come on top.
@@ -257,7 +256,7 @@ class _Evaluation:
                 self.threat,
                 y=self.known.named(self.y.numpy()),
                 method=self.method,
-                seconds=SECONDS,
+                passes=sum(self._likely(step) for step in self.steps),
             )
         except InputError as error:
             if self.method.partition(":")[0] != "auto":
