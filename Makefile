@@ -26,6 +26,9 @@ bench: .venv/peers
 	$(BIN)/python benchmarks/anomaly.py --full --table 2 --out benchmarks/results/anomaly_peers.csv
 	$(BIN)/python benchmarks/anomaly.py --full --table 3 --out benchmarks/results/anomaly_pieces.csv
 	$(BIN)/python benchmarks/anomaly.py --full --table 4 --out benchmarks/results/anomaly_growth.csv
+	$(BIN)/python benchmarks/training.py --full --out benchmarks/results/training.csv
+	$(BIN)/python benchmarks/training_peers.py --full --out benchmarks/results/training_peers.csv
+	$(BIN)/python benchmarks/training_cost.py --full --out benchmarks/results/training_cost.csv
 
 clean:
 	rm -rf .venv robustness-report build dist *.egg-info .*_cache .hypothesis

@@ -1,6 +1,6 @@
 """What a step of the training loop costs above its bare forward and backward passes.
 
-Ratio = median time of a step of `robustlearn.loop.play` / median time of a bare step: batch
+Ratio = median CPU time of a step of `robustlearn.loop.play` / that of a bare step: batch
 gathered by index, losses, backward, SGD. After each step of the loop comes one of the bare loop,
 on another copy of the network, so that both see the same machine. A step of the loop also checks
 the gradient, seeds the random streams, sums two metrics and sets the learning rate; with an
@@ -107,32 +107,40 @@ def sgd(net: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
 
 
+def interleaved(
+    train: Callable[[Callable[[object], None]], object], bare: Callable[[], None]
+) -> dict[str, list[float]]:
+    """Return the CPU seconds of each step of a training, and of the bare step after it.
+
+    Parameters
+    ----------
+    train : trains, and calls what it is given after each step.
+    """
+    times: dict[str, list[float]] = {"loop": [], "bare": []}
+    start = time.process_time()
+
+    def between(_: object) -> None:
+        nonlocal start
+        ended = time.process_time()
+        times["loop"].append(ended - start)
+        bare()
+        start = time.process_time()
+        times["bare"].append(start - ended)
+
+    train(between)
+    return times
+
+
 def measure(
     name: str, passes: int, losses: Losses, ema: float | None, epochs: int, seed: int
 ) -> dict[str, Any]:
     """Return a row: median milliseconds of both, and their ratio."""
     x, y = torch.rand(100 * BATCH, 1, 28, 28), torch.randint(10, (100 * BATCH,))
-    bare = Bare(losses, x, y)
-    times: dict[str, list[float]] = {"loop": [], "bare": []}
-    start = time.perf_counter()
-
-    def between(_: object) -> None:
-        nonlocal start
-        ended = time.perf_counter()
-        times["loop"].append(ended - start)
-        bare.step()
-        start = time.perf_counter()
-        times["bare"].append(start - ended)
-
+    given = {"epochs": epochs, "batch_size": BATCH, "seed": seed, "ema": ema}
     whole = time.perf_counter()
-    play(
-        Training(losses),
-        (x, y),
-        epochs=epochs,
-        batch_size=BATCH,
-        seed=seed,
-        ema=ema,
-        progress=between,
+    times = interleaved(
+        lambda between: play(Training(losses), (x, y), progress=between, **given),
+        Bare(losses, x, y).step,
     )
     loop, floor = (statistics.median(times[kind][10:]) for kind in ("loop", "bare"))
     return {

@@ -30,6 +30,7 @@ PACKAGES = (
     "foolbox",
     "adversarial-robustness-toolbox",
     "adv-lib",
+    "torchdefenses",
     "cvxpy",
     "clarabel",
     "pyod",

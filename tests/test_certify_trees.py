@@ -322,6 +322,9 @@ def test_what_is_not_known_is_a_black_box():
         def predict_proba(self, x):
             return 1 - super().predict_proba(x)
 
+        def predict(self, x):
+            return self.classes_[self.predict_proba(x).argmax(1)]
+
     several = tree.DecisionTreeRegressor().fit(x, np.column_stack([y, y]))
     assert read(several) is None
     categories = ensemble.HistGradientBoostingClassifier(max_iter=2, categorical_features=[0])

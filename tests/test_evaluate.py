@@ -78,8 +78,11 @@ def test_a_network_from_above(network, held_out, untouched):
     kept = held_out.x.copy()
     threat = rl.LpBall(math.inf, 0.1, **BOX)
     report = rl.evaluate(network, held_out.x, held_out.y, threat, classes=held_out.class_names)
-    assert report.certified is None
-    assert "applies to this model" in report.certificate["reason"]
+    assert report.certificate["method"] == "complete"
+    assert report.certificate["open"] == report.attacked.value - report.certified.value
+    statuses = [s.status for s in report.samples]
+    assert statuses.count("certified") == round(len(statuses) * report.certified.value)
+    assert statuses.count("open") == round(len(statuses) * report.certificate["open"])
     assert 0.2 < report.attacked.value < 0.7 < report.clean.value
     np.testing.assert_array_equal(held_out.x, kept)
     assert network.training

@@ -73,6 +73,32 @@ def test_a_run_equals_a_bare_loop():
         torch.testing.assert_close(game.weights[name], value)
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_was_frozen_in_evaluation_mode_stays_there(whole):
+    net = nn.Sequential(nn.BatchNorm1d(games.D), network())
+    (net if whole else net[0]).eval()
+    play(Plain(net=net), samples(), epochs=2, batch_size=8, validate=lambda modules: {"none": 0.0})
+    assert bool(net[0].running_mean.any()) == whole
+    assert [net.training, net[0].training] == [not whole, False]
+
+
+def test_samples_that_are_held_out_take_their_weights_along():
+    x, y = torch.arange(6.0)[:, None], torch.arange(6)
+    whole = Samples((x, y), weights=[0, 1, 0, 2, 0, 5], extra=(-x, y), ratio=0.5)
+    rest, (held, labels) = whole.split(torch.tensor([0, 5]))
+    assert (held.tolist(), labels.tolist()) == ([[0.0], [5.0]], [0, 5])
+    drawn = torch.cat([torch.cat(rest.batches(0, epoch, 3)) for epoch in range(9)])
+    (own, _), (more, _) = rest.fetch([drawn[drawn < 4], drawn[drawn >= 4]], 0, 0)
+    assert set(own.flatten().tolist()) == {1.0, 3.0}
+    assert set(more.flatten().tolist()) == {-float(i) for i in range(6)}
+
+
+@pytest.mark.parametrize("extra", [(torch.zeros(3, 2), torch.zeros(3)), torch.zeros(3, 1)])
+def test_extra_data_of_another_shape_is_refused(extra):
+    with pytest.raises(InputError, match="same kind"):
+        Samples((torch.zeros(4, 1), torch.zeros(4)), extra=extra, ratio=0.5)
+
+
 def test_metrics_are_means_over_samples():
     game = Plain(lr=0.0)
     history = play(game, samples(), epochs=1, batch_size=10)

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 import robustlearn as rl
 from robustlearn import losses
-from robustlearn.train.inner import Craft, ascend
+from robustlearn.train.inner import Craft, ascend, statistics_held
 from robustlearn.train.memory import Memory
 from robustlearn.train.objectives import OBJECTIVES, Criterion
 from robustlearn.train.weights import perturbed
@@ -54,7 +54,9 @@ def test_what_every_objective_returns(name, p):
     assert outcome.loss.requires_grad
     wide = rl.LpBall(p, 0.1 * REACH.get(name, 1.0) + 1e-6, **BOX)
     assert name == "gaussian" or bool(wide.contains(x, outcome.points.detach()).all())
-    assert {k: v.shape for k, v in outcome.metrics.items()} == {"loss": (10,), "robust": (10,)}
+    told = {"ibp": {"certified"}, "crown_ibp": {"certified"}, "mtl_ibp": {"certified", "robust"}}
+    assert set(outcome.metrics) == {"loss"} | told.get(name, {"robust"})
+    assert all(v.shape == (10,) for v in outcome.metrics.values())
     assert not any(v.requires_grad for v in outcome.metrics.values())
     assert all(w.grad is None for w in net.parameters())
     outcome.loss.mean().backward()
@@ -62,7 +64,7 @@ def test_what_every_objective_returns(name, p):
     assert all(part.training for part in net.modules())
 
 
-@pytest.mark.parametrize("name", sorted(set(OBJECTIVES) - {"grad_align"}))
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_crafting_computes_no_gradient_of_a_parameter_and_moves_no_statistics(name):
     net, (x, y), threat = network(), batch(), rl.LpBall(math.inf, 0.1, **BOX)
     called = []
@@ -94,7 +96,7 @@ def test_points_do_not_depend_on_the_neighbours(name):
 def test_points_that_are_given_are_taken():
     net, (x, y), threat = network(norm=False), batch(), rl.LpBall(2, 0.3, **BOX)
     points = (x + 0.01).clamp(0, 1)
-    for name in set(OBJECTIVES) - {"standard"}:
+    for name in set(OBJECTIVES) - {"standard", "ibp", "crown_ibp"}:  # which attack nothing
         outcome = played(name, net, x, y, threat, craft=Craft(points=points))
         assert torch.equal(outcome.points.detach(), points)
 
@@ -205,6 +207,52 @@ def test_gradients_of_a_linear_model_are_aligned():
     assert (played("grad_align", bent, x, y, threat, weight=9.0).loss > plain).all()
 
 
+@pytest.mark.parametrize("gain", [1e2, 1e4])  # log-odds at which cross-entropy has no slope
+def test_alignment_does_not_depend_on_the_confidence(gain):
+    (x, _), threat = batch(classes=2), rl.LpBall(math.inf, 0.1, **BOX)
+    net, x = network(1, norm=False).double(), x.double()
+    y = (net(x) > 0).squeeze(1).long()
+
+    def apart():
+        given = {"craft": Craft(points=x)}
+        return (
+            played("grad_align", net, x, y, threat, **given).loss
+            - played("standard", net, x, y, threat).loss
+        )
+
+    expected = apart()
+    with torch.no_grad():
+        net[3].weight.mul_(gain)
+        net[3].bias.mul_(gain)
+    found = apart()
+    torch.testing.assert_close(found, expected)
+    (slope,) = torch.autograd.grad(found.sum(), net[1].weight)
+    assert slope.abs().max() > 1e-4
+
+
+def test_alignment_leaves_out_samples_without_a_slope():
+    (x, y), threat = batch(classes=2), rl.LpBall(math.inf, 0.1, **BOX)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.ReLU(), nn.Linear(4, 2))
+    nn.init.constant_(net[1].bias, -100.0)
+    loss = played("grad_align", net, x, y, threat, weight=9.0).loss
+    torch.testing.assert_close(loss, played("standard", net, x, y, threat).loss)
+
+
+def test_batch_norm_in_evaluation_mode_uses_its_statistics_where_they_are_held():
+    net, (x, _) = network(), batch()
+    net(x)
+    net[2].eval()
+    expected = net(x)
+    with statistics_held(net):
+        torch.testing.assert_close(net(x), expected)
+    net.train()
+    expected = copy.deepcopy(net)(x)
+    with statistics_held(net):
+        torch.testing.assert_close(net(x), expected)
+    assert int(net[2].num_batches_tracked) == 1
+    assert net[2].track_running_stats
+
+
 def test_smoothing_class_weights_and_knee():
     z, y = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 1, 2])
     weights = torch.tensor([1.0, 2.0, 0.0])
@@ -218,6 +266,30 @@ def test_smoothing_class_weights_and_knee():
     for wrong in ({"kind": "mae"}, {"smoothing": 1.0}, {"knee": 0.0}):
         with pytest.raises(rl.InputError):
             Criterion(**wrong)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_class_weights_weigh_the_whole_loss_of_a_sample(name):
+    (x, y), threat = batch(), rl.LpBall(2, 0.3, **BOX)
+    weights = torch.tensor([1.0, 4.0, 0.0])
+    plain, weighed = (
+        played(name, network(), x, y, threat, craft=Craft(points=x + 0.01), criterion=c).loss
+        for c in (Criterion(), Criterion(weights=weights.tolist()))
+    )
+    torch.testing.assert_close(weighed, plain * weights[y])
+
+
+@pytest.mark.parametrize("wrong", [[1.0, -1.0], [0.0, 0.0], [1.0, math.nan], 2.0])
+def test_class_weights_that_are_none_are_refused(wrong):
+    with pytest.raises(rl.InputError, match="one number per class"):
+        Criterion(weights=wrong)
+
+
+def test_class_weights_are_one_per_class_of_a_classifier():
+    with pytest.raises(rl.InputError, match="3 by the network's output; got 2"):
+        Criterion(weights=[1.0, 2.0])(torch.zeros(4, 3), torch.tensor([0, 1, 1, 0]))
+    with pytest.raises(rl.InputError, match="leave them out"):
+        Criterion("huber", weights=[1.0, 2.0])
 
 
 # ---------------------------------------------------------------------- the other pieces
@@ -277,3 +349,21 @@ def test_memory(tmp_path, on_disk):
     torch.testing.assert_close(
         kept, torch.stack([delta[1], delta[0], 0 * delta[0]]), atol=0, rtol=4e-3
     )
+
+
+def test_memory_on_disk_overwrites_nothing(tmp_path):
+    file, row = tmp_path / "kept.npy", torch.ones(1, 2)
+    Memory(6, (2,), file)
+    assert not file.exists()  # a start that is refused later leaves nothing behind
+    Memory(6, (2,), file).put(torch.tensor([3]), row)
+    with pytest.raises(rl.InputError, match="would overwrite it"):
+        Memory(6, (2,), file)
+    again = Memory(6, (2,), file, resume=True)
+    assert torch.equal(again.get(torch.tensor([3]), row), row)
+    with pytest.raises(rl.InputError, match=r"shape \(6, 2\); expected .* \(7, 2\)"):
+        Memory(7, (2,), file, resume=True)
+    with pytest.raises(rl.InputError, match="no folder"):
+        Memory(6, (2,), tmp_path / "missing" / "kept.npy")
+    file.write_text("of the user")
+    with pytest.raises(rl.InputError, match="holds no perturbations"):
+        Memory(6, (2,), file, resume=True)

@@ -19,7 +19,7 @@ def test_the_snippets_run(tmp_path, monkeypatch):
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
     names = {"net": net, "x": torch.rand(20, 3, 2, 2), "y": torch.arange(20) % 3}
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert (tmp_path / "report" / "report.html").is_file()

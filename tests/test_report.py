@@ -12,6 +12,7 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 from sklearn.datasets import load_diabetes, load_wine
 from sklearn.linear_model import LogisticRegression, Ridge
@@ -32,7 +33,9 @@ SCHEMA = json.loads((Path(report.__file__).parent / "schema.json").read_text())
 def reports():
     """An image classifier, a table with a certificate, a box that nothing leaves, a regressor."""
     digits = data.load("digits").take(slice(0, 60))
-    images = evaluate(DigitsNet(), digits.x, digits.y, rl.LpBall(math.inf, 0.1, lower=0, upper=1))
+    threat = rl.LpBall(math.inf, 0.1, lower=0, upper=1)
+    torch.manual_seed(0)
+    images = evaluate(DigitsNet(), digits.x, digits.y, threat, certify="none")
     x, y = load_wine(return_X_y=True, as_frame=True)
     pipeline = make_pipeline(StandardScaler(), LogisticRegression()).fit(x, y)
     lower, upper = x.min().to_numpy(), x.max().to_numpy()
@@ -108,7 +111,6 @@ def test_the_page_needs_nothing_else(folder):
     assert "The mean worst squared error lies between" in text
     assert "robustlearn evaluate --x 'a b'" in text
     assert "proline" in text  # feature names of the table
-    assert "applies to this model" in text  # that no certificate does
 
 
 def test_the_table_for_the_terminal(reports):

@@ -92,7 +92,7 @@ def test_training_makes_it_robust_and_says_how_robust(digits):
     assert after.report.clean.value > 0.85
     best = after.history.rows[after.history.best]["validation"]
     assert best["robust"] == max(r["validation"]["robust"] for r in after.history.rows)
-    assert after.report.attacked.value <= best["robust"] + 0.02
+    assert after.report.attacked.value <= best["robust"] + 0.1  # on other samples
     assert "attacked" in str(after)
 
 
@@ -155,7 +155,7 @@ def test_overfitting_is_told_and_rolled_back(digits, monkeypatch, policy):
     seen = []
 
     def found(net, *given, **options):
-        seen.append(weights(net).clone())
+        seen.append(weights(net.source).clone())
         return next(told)
 
     monkeypatch.setattr(sys.modules["robustlearn.train.training"], "validate", found)
@@ -173,6 +173,18 @@ def test_overfitting_is_told_and_rolled_back(digits, monkeypatch, policy):
     assert games[0].objective == ("pgd_at" if policy == "rollback" else "fgsm")
     if policy == "rollback":
         assert torch.equal(torch.cat([v.reshape(-1) for v in games[0].good.values()]), seen[0])
+
+
+def test_a_network_that_has_not_seen_the_full_budget_is_not_overfitted(digits, monkeypatch):
+    told = iter(
+        [Standing(0.99, 0.9, 0.1), Standing(0.99, 0.95, 0.1), *[Standing(0.9, 0.5, 0.4)] * 2]
+    )
+    monkeypatch.setattr(
+        sys.modules["robustlearn.train.training"], "validate", lambda *a, **k: next(told)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(network(), (digits[0][:300], digits[1][:300]), BALL, epochs=4, ramp=0.5, attacks=None)
 
 
 def test_a_run_that_is_resumed_knows_its_best_weights(digits, tmp_path, monkeypatch):
@@ -226,6 +238,64 @@ def test_an_interrupted_training_ends_with_equal_weights(digits, tmp_path, optio
     assert rows[0] == rows[1]
     with pytest.raises(rl.InputError, match="awp"):
         fit(again, data, BALL, out=tmp_path / "parts", resume=True, **{**given, "awp": 0.3})
+
+
+class Shifted(torch.utils.data.Dataset):
+    """Digits that are moved to and fro by a draw of their own."""
+
+    def __init__(self, x, y, *, draws=True):
+        self.x, self.y, self.draws = x, y, draws
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        shift = int(torch.randint(2, ())) if self.draws else 0
+        return self.x[i].roll(shift), self.y[i]
+
+
+QUICK = {"epochs": 1, "attacks": None, "validation": None}
+
+
+def test_perturbations_of_samples_that_are_drawn_anew_are_not_kept(digits):
+    x, y = digits[0][:128], digits[1][:128]
+    with pytest.raises(rl.InputError, match="memory=False to augment"):
+        fit(network(), Shifted(x, y), BALL, **QUICK)
+    fit(network(), Shifted(x, y), BALL, memory=False, **QUICK)
+    assert fit(network(), Shifted(x, y, draws=False), BALL, **QUICK).settings["memory"]
+
+
+@pytest.mark.parametrize("kind", ["dataset", "loader", "samples"])
+def test_a_data_set_is_trained_on_as_arrays_are(digits, kind):
+    x, y = digits[0][:150].double(), digits[1][:150].to(torch.uint8)
+    given = {"epochs": 2, "batch_size": 32, "attacks": None}
+    pairs = Shifted(x, y, draws=False)
+    data = {"dataset": pairs, "loader": torch.utils.data.DataLoader(pairs), "samples": None}
+    nets = [network(), network()]
+    results = [fit(nets[0], (x, y), BALL, **given)]
+    results.append(fit(nets[1], data[kind] or Samples((x, y)), BALL, **given))
+    assert torch.equal(*map(weights, nets))
+    assert len({str(result.history.rows[-1]["validation"]) for result in results}) == 1
+    told = fit(network(), (x, y), BALL, validation=data[kind] or Samples((x, y)), **given)
+    assert told.history.rows[0]["validation"]
+
+
+def test_a_label_of_a_data_set_that_is_no_class_is_named(digits):
+    x, y = digits[0][:64], digits[1][:64] + 3
+    for objective in ("standard", "pgd_at", "trades"):
+        with pytest.raises(rl.InputError, match=r"labels are 3 to 12"):
+            fit(network(), Shifted(x, y, draws=False), BALL, objective=objective, **QUICK)
+
+
+def test_where_features_move_in_whole_steps_ascents_start_afresh():
+    x = torch.randint(0, 5, (64, 4), generator=torch.Generator().manual_seed(0)).float()
+    y = (x[:, 0] > 2).long()
+    kept = {}
+    for integer in ([True, False, False, False], [False] * 4):
+        threat = rl.Tabular(1, 2.0, integer=integer, lower=0.0, upper=4.0)
+        kept[integer[0]] = fit(nn.Linear(4, 2), (x, y), threat, **QUICK).settings
+    assert (kept[True]["memory"], kept[True]["objective"]) == (False, "pgd_at:steps=2")
+    assert kept[False]["memory"]
 
 
 # ---------------------------------------------------------------------- the command line
@@ -307,11 +377,9 @@ def test_other_refusals(digits):
     x, y = digits
     with pytest.raises(rl.InputError, match="one budget for all samples"):
         fit(network(), digits, rl.LpBall(2, torch.full((len(x),), 0.1)))
-    moved, plain = Samples((x, y), augment=lambda x, keys: x), Samples((x, y))
+    moved = Samples((x, y), augment=lambda x, keys: x)
     with pytest.raises(rl.InputError, match="memory=False to augment"):
         fit(network(), moved, BALL, validation=None)
-    with pytest.raises(rl.InputError, match="a share can be held out of arrays"):
-        fit(network(), plain, BALL)
     with pytest.raises(rl.InputError, match="free steps after each replay"):
         fit(network(), digits, BALL, objective="free", accumulate=2)
     for wrong, said in (
@@ -358,12 +426,227 @@ def test_two_processes_train_as_one(module, tmp_path):
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
     evaluations = [json.loads((out / "report.json").read_text())["evaluations"][0] for out in outs]
-    assert [len(evaluation["samples"]) for evaluation in evaluations] == [40, 40]
+    assert [len(evaluation["samples"]) for evaluation in evaluations] == [20, 20]
     first, second = (evaluation["attacked"]["value"] for evaluation in evaluations)
-    assert second == pytest.approx(first, abs=0.05)
+    assert second == pytest.approx(first, abs=0.1)
 
 
 def test_the_name_is_the_function():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert rl.fit is fitting
+
+
+# ---------------------------------------------------------------------- what is given
+
+QUICK = {"epochs": 1, "attacks": None}
+
+
+@pytest.fixture(scope="module")
+def few(digits):
+    return digits[0][:300], digits[1][:300]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_single_logit_is_trained_whatever_it_is_for_the_first_sample(few, seed):
+    x, y = few[0], (few[1] > 4).long()
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 1))
+    with torch.no_grad():
+        net[2].bias.fill_(0.4 - net(x[:1]).squeeze())  # the logit of the first sample is 0.4
+    result = fit(net, (x, y), BALL, epochs=1, attacks="fgsm")
+    assert result.settings["criterion"] == "cross_entropy"
+    assert result.report.task == "classification"
+
+
+def test_a_wrapped_network_is_trained(few):
+    net = network()
+    assert fit(rl.wrap(net), few, BALL, **QUICK).model is net
+
+
+@pytest.mark.parametrize("outputs", [1, 10])
+def test_whole_labels_in_a_floating_type_are_classes(few, outputs):
+    y = few[1].float() if outputs > 1 else (few[1] > 4).float()
+    net = nn.Linear(64, outputs)
+    result = fit(net, (few[0], y), BALL, **QUICK)
+    assert result.settings["criterion"] == "cross_entropy"
+    assert result.history.rows[0]["validation"]["robust"] >= 0
+    fit(nn.Linear(64, outputs), (few[0], y), BALL, criterion="cross_entropy", **QUICK)
+
+
+def test_whole_targets_are_targets_where_the_criterion_says_so(few):
+    result = fit(nn.Linear(64, 1), few, BALL, criterion="squared", **QUICK)
+    assert result.history.rows[0]["validation"]["robust"] < 0
+
+
+def test_a_column_of_targets_is_trained_as_a_row(few):
+    rows = []
+    for shape in ((-1,), (-1, 1)):
+        torch.manual_seed(0)
+        y = few[1].float().reshape(shape)
+        rows.append(fit(nn.Linear(64, 1), (few[0], y), BALL, **QUICK).history.rows[0]["metrics"])
+    assert rows[0] == rows[1]
+
+
+def test_the_report_is_not_about_the_samples_that_chose_the_epoch(few, monkeypatch):
+    chose = []
+
+    def found(net, x, y, *given, **options):
+        chose.append(x)
+        return Standing(0.5, 0.4, 0.3)
+
+    monkeypatch.setattr(sys.modules["robustlearn.train.training"], "validate", found)
+    given = {"epochs": 1, "attacks": "fgsm", "validation": 0.2}
+    halves = fit(network(), few, BALL, **given).report
+    assert len(halves.x) == len(chose[0]) == 30
+    assert not torch.cdist(chose[0], torch.tensor(halves.x)).eq(0).any()
+    assert halves.data.startswith("held out, apart from those that chose")
+    own = fit(network(), few, BALL, test=(few[0][:50], few[1][:50]), **given).report
+    assert (own.data, len(own.x), len(chose[1])) == ("test", 50, 60)
+    pair = fit(network(), few, BALL, **{**given, "validation": few}).report
+    assert pair.data.endswith("chose the epoch: biased upwards")
+
+
+def test_after_a_rollback_the_restored_weights_are_told_and_kept(few, monkeypatch):
+    """The overfitted epoch has the higher figure, and its weights are gone."""
+    told = iter([Standing(0.9, 0.2, 0.1), Standing(0.99, 0.98, 0.2), Standing(0.9, 0.2, 0.05)])
+    seen = []
+
+    def found(net, *given, **options):
+        seen.append(weights(net.source).clone())
+        return next(told)
+
+    monkeypatch.setattr(sys.modules["robustlearn.train.training"], "validate", found)
+    net = network()
+    with pytest.warns(UserWarning, match="back to the best weights"):
+        result = fit(net, few, BALL, epochs=3, attacks=None, ramp=0.0, on_overfitting="rollback")
+    assert result.history.best == 0
+    assert result.history.rows[1]["validation"]["robust"] == 0.1
+    assert torch.equal(weights(net), seen[0])
+
+
+def test_a_weak_network_is_no_overfitted_one():
+    assert not Standing(0.4, 0.033, 0.0).overfitted(Standing(0.3, 0.03, 0.02))
+    assert Standing(0.9, 0.2, 0.05).overfitted(Standing(0.9, 0.2, 0.15))
+
+
+def test_a_second_overfitting_is_not_advised_what_is_on(few, monkeypatch):
+    masked = Standing(0.99, 0.98, 0.01)
+    told = iter([Standing(0.9, 0.5, 0.4), masked, masked])
+    monkeypatch.setattr(
+        sys.modules["robustlearn.train.training"], "validate", lambda *a, **k: next(told)
+    )
+    given = {"epochs": 3, "attacks": None, "ramp": 0.0, "on_overfitting": "rollback"}
+    with pytest.warns(UserWarning, match="catastrophic") as caught:
+        result = fit(network(), few, BALL, **given)
+    said = [str(w.message) for w in caught if "catastrophic" in str(w.message)]
+    assert [text.rsplit("; ")[-1] for text in said] == [
+        "back to the best weights, with more steps",
+        "use more steps",
+    ]
+    assert result.settings["rolled_back"] == {"after_epoch": 1, "to": "pgd_at:steps=4"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"criterion": Criterion(smoothing=0.5)}, "smoothing was 0.0, is 0.5"),
+        ({"criterion": Criterion(weights=torch.arange(1.0, 11))}, "class_weights was"),
+        ({"validation": 60}, "validation was"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(few, tmp_path, changed, said):
+    given = {**QUICK, "out": tmp_path, "validation": (few[0][:50], few[1][:50])}
+    fit(network(), few, BALL, **given)
+    if "validation" in changed:
+        changed = {"validation": tuple(part[50 : changed["validation"]] for part in few)}
+    with pytest.raises(rl.InputError, match=said):
+        fit(network(), few, BALL, resume=True, **{**given, **changed})
+
+
+def test_the_settings_tell_how_it_was_trained(few):
+    told = fit(network(), few, BALL, lr=0.01, ema=0.9, optimizer="sgd", **QUICK).settings
+    asked = {"lr": 0.01, "ema": 0.9, "optimizer": "SGD", "batch_size": 64, "precision": "float32"}
+    assert asked.items() <= told.items()
+    assert {"weight_decay", "schedule", "clip", "patience", "accumulate"} <= told.keys()
+
+
+class Shares(nn.Module):
+    """A softmax that is no layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = network()
+
+    def forward(self, x):
+        return self.inner(x).softmax(1)
+
+
+def ending_in(layer, outputs=10):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, outputs), layer)
+
+
+@pytest.mark.parametrize(
+    ("net", "said"),
+    [
+        (ending_in(nn.Softmax(1)), "ends in Softmax.*remove that layer"),
+        (ending_in(nn.Sigmoid(), 1), "ends in Sigmoid"),
+        (nn.Sequential(nn.Sequential(nn.Linear(64, 10), nn.Softmax(-1))), "ends in Softmax"),
+        (Shares(), "returns probabilities"),
+        (nn.Flatten(), "has no parameter to train"),
+        (nn.LazyLinear(10), "lazy layers.*send a batch"),
+        (nn.Linear(64, 10).requires_grad_(False), "has no parameter to train"),
+        (lambda x: x, "training needs a torch network"),
+        (rl.wrap(lambda x: x, num_classes=2), "training needs a torch network"),
+    ],
+)
+def test_networks_that_would_train_on_the_wrong_function_are_refused(few, net, said):
+    y = few[1] if "Sigmoid" not in said else (few[1] > 4).long()
+    with pytest.raises(rl.InputError, match=said):
+        fit(net, (few[0], y), BALL, **QUICK)
+
+
+def test_a_gate_inside_and_the_head_of_a_regressor_are_no_softmax_at_the_end(few):
+    gate = nn.Sequential(nn.Linear(64, 8), nn.Sigmoid(), nn.Linear(8, 10), nn.LogSoftmax(1))
+    fit(gate, few, BALL, **QUICK)
+    fit(ending_in(nn.Sigmoid(), 1), (few[0], few[1] / 9), BALL, **QUICK)
+
+
+X, Y = torch.rand(60, 64, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 10
+
+
+@pytest.mark.parametrize(
+    ("data", "threat", "options", "said"),
+    [
+        ((X, Y), BALL, {"attacks": "standrd"}, "no attack named 'standrd'"),
+        ((X + 1, Y), BALL, {"validation": None}, "data outside the box"),
+        (Samples((X + 1, Y)), BALL, {"validation": None}, "data outside the box"),
+        ((X, Y), BALL, {"validation": (X - 1, Y)}, "data outside the box"),
+        ((X, Y), rl.LpBall(0, 3, lower=0.0, upper=1.0), {}, "is known for p = 1, 2 and ∞; got p"),
+        ((X, Y), rl.LpBall(3, 0.1), {"validation": None}, "got p = 3"),
+        ((X, Y), "linf", {}, "a threat is expected.*got 'linf'"),
+        ((X, Y), BALL, {"validation": (X, Y[:50])}, "validation: x has 60 samples, y has 50"),
+        ((X, Y), BALL, {"test": (X, Y[:50])}, "test: x has 60 samples, y has 50"),
+        ((X, Y), BALL, {"validation": (X, Y, Y)}, r"validation is a pair \(x, y\).*3 parts"),
+        ((X, Y, Y), BALL, {}, r"train is a pair \(x, y\).*3 parts"),
+        ((X, None), BALL, {}, "train has no labels"),
+        (Samples(X), BALL, {"validation": None}, "expected one class or target a sample"),
+        ((X, Y[:, None].repeat(1, 2)), BALL, {}, r"y of train has shape \(60, 2\)"),
+        ((X, Y + 0.5), BALL, {"criterion": "cross_entropy"}, "fractions like 0.5"),
+        ((X, Y + 0.5), BALL, {}, "predicts 10 targets, and squared is for one"),
+        ((X, Y), BALL, {"validation": (X, Y + 5)}, "labels out of range"),
+        (Samples((X, Y + 0.0)), BALL, {"validation": None}, r"give y.long\(\)"),
+        ((X, Y + math.nan), BALL, {}, "y of train holds NaN"),
+        ((X * math.nan, Y), BALL, {}, "x holds NaN"),
+    ],
+)
+def test_what_cannot_be_is_told_before_the_first_step(data, threat, options, said):
+    def stepped(moment):
+        raise AssertionError("a step was played")
+
+    with pytest.raises(rl.InputError, match=said):
+        fit(network(), data, threat, progress=stepped, **{**QUICK, **options})
+
+
+def test_any_norm_is_trained_where_nothing_walks(few):
+    fit(network(), few, rl.LpBall(3, 0.1), objective="standard", validation=None, **QUICK)

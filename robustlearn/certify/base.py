@@ -12,10 +12,12 @@ from robustlearn import _tensor
 from robustlearn.errors import InputError
 from robustlearn.models import Model, wrap
 from robustlearn.models import labels as labels_of
-from robustlearn.registry import Registry
+from robustlearn.registry import Registry, parsed
 from robustlearn.threats import LpBall
 
 CERTIFICATES = Registry("certificate")
+SECONDS = 1.0  # that a sample may take
+NETWORKS = "complete"  # tells why a model cannot be bounded, if nothing else applies
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +37,10 @@ class Certificate:
     margin : classifier: lower bound on z_label − max_{j≠label} z_j over the threat.
     lower, upper : regressor: bounds on the prediction over the threat.
     loss : regressor with y: upper bound on the squared error over the threat.
+    status : classifier: ``"certified"``, ``"falsified"`` or ``"open"``.
+    by : what proved or disproved each sample, where a method tries several things.
+    witness : (n, *shape) a member of the threat that changes the prediction, where falsified;
+        NaN elsewhere.
     alpha : probability, at most, that the statement about a sample is wrong; 0 for a proof.
     """
 
@@ -46,10 +52,13 @@ class Certificate:
     lower: np.ndarray | None = None
     upper: np.ndarray | None = None
     loss: np.ndarray | None = None
+    status: np.ndarray | None = None
+    by: np.ndarray | None = None
+    witness: np.ndarray | None = None
     alpha: float = 0.0
 
 
-def applicable(model: Model, threat: LpBall, shape: tuple[int, ...]) -> list[str]:
+def applicable(model: Model, threat: LpBall, x: Tensor) -> list[str]:
     """Return the methods that can say something about this model, the strongest first.
 
     Left out are those that are for asking by name: filed with ``auto=False``.
@@ -57,12 +66,18 @@ def applicable(model: Model, threat: LpBall, shape: tuple[int, ...]) -> list[str
     return [
         name
         for name, entry in CERTIFICATES.items()
-        if entry.facts.get("auto", True) and entry.facts["applies"](model, threat, shape)
+        if entry.facts.get("auto", True) and entry.facts["applies"](model, threat, x)
     ]
 
 
 def certify(
-    model: Any, x: Any, threat: LpBall, *, y: Any = None, method: str = "auto"
+    model: Any,
+    x: Any,
+    threat: LpBall,
+    *,
+    y: Any = None,
+    method: str = "auto",
+    seconds: float = SECONDS,
 ) -> Certificate:
     """Prove how far each sample is safe.
 
@@ -74,11 +89,15 @@ def certify(
         and scale, ``certified`` and ``margin`` are about its eps.
     y : labels, as `robustlearn.evaluate` takes them (targets of a regressor); by default the
         prediction is what must hold.
-    method : name in `CERTIFICATES`, or ``"auto"`` for the strongest that applies.
+    method : name in `CERTIFICATES`, or ``"auto"`` for the strongest that applies; seconds can be
+        given with it, as ``"auto:seconds=10"``.
+    seconds : the most that a sample may take in the mean; bounds of networks are left as good as
+        they are then, which is sound.
 
     Raises
     ------
-    InputError where no certificate applies, or x does not fit the threat.
+    InputError where no certificate applies, naming what stands in the way, or x does not fit the
+    threat.
 
     Examples
     --------
@@ -93,21 +112,34 @@ def certify(
     points = _tensor.as_tensor(x)
     _tensor.check_points(points)
     points = threat.cast(points, model.dtype).to(model.device)
-    shape = tuple(points.shape[1:])
     labels = None if y is None else labels_of(model, points, y).to(model.device)
-    names = applicable(model, threat, shape)
-    if method != "auto":
-        entry = CERTIFICATES[method]  # an unknown name is told as such
-        names = [method] if entry.facts["applies"](model, threat, shape) else []
-    if not names:
+    if y is None:
+        model.settle(points)
+    name, options = parsed(method)
+    if set(options) - {"seconds"}:
+        raise InputError(f"a certificate takes the option seconds alone; got {method!r}")
+    given = (model, points, threat, labels, float(options.get("seconds", seconds)))
+    found: Certificate
+    if name != "auto":
+        found = CERTIFICATES[name].function(*given)
+    elif names := applicable(model, threat, points):
+        found = CERTIFICATES[names[0]].function(*given)
+    else:
+        found = _as_a_network(*given)
+    return found
+
+
+def _as_a_network(model: Model, *given: Any) -> Certificate:
+    """Certify what no method knows as a network, or say what stands in the way."""
+    try:
+        found: Certificate = CERTIFICATES[NETWORKS].function(model, *given)
+    except InputError as error:
         raise InputError(
             f"no certificate applies to {model.name}: there are {', '.join(CERTIFICATES)}, for "
-            "linear models (an affine torch network, or a linear scikit-learn estimator behind "
-            "affine steps), ensembles of trees, chains of known layers, modules that bound their "
-            "own output, and anything smoothed"
-        )
-    result: Certificate = CERTIFICATES[names[0]].function(model, points, threat, labels)
-    return result
+            "linear models, ensembles of trees, torch networks of known layers, modules that bound "
+            f"their own output, and anything smoothed. As a network: {error}"
+        ) from error
+    return found
 
 
 def euclidean(threat: LpBall, shape: tuple[int, ...]) -> float:

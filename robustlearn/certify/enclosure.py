@@ -1,5 +1,6 @@
 """Models that bound their own output over a threat, such as detectors by distance."""
 
+import math
 from dataclasses import replace
 
 import torch
@@ -13,13 +14,15 @@ SLACK = 1e-7  # of the decision, for rounding in float64
 DOUBLINGS, HALVINGS = 40, 20
 
 
-def _applies(model: Model, threat: LpBall, shape: tuple[int, ...]) -> bool:
+def _applies(model: Model, threat: LpBall, x: Tensor) -> bool:
     encloses = isinstance(model, TorchModel) and hasattr(model.module, "enclosed")
-    return encloses and threat.p >= 1 and len(shape) == 1
+    return encloses and threat.p >= 1 and x.dim() == 2
 
 
 @CERTIFICATES.register("enclosure", applies=_applies)
-def enclosure(model: Model, x: Tensor, threat: LpBall, y: Tensor | None) -> Certificate:
+def enclosure(
+    model: Model, x: Tensor, threat: LpBall, y: Tensor | None, seconds: float = math.inf
+) -> Certificate:
     """Bounds that a module gives of its own decision: l ≤ z(x + δ) ≤ u for every δ of the threat.
 
     A module with one logit z, of class 1 against class 0, may have a method

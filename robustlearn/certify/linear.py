@@ -16,12 +16,14 @@ from robustlearn.threats import LpBall
 CHUNK = 2**22  # numbers in a working array
 
 
-def _applies(model: Model, threat: LpBall, shape: tuple[int, ...]) -> bool:
-    return model.affine(shape) is not None
+def _applies(model: Model, threat: LpBall, x: Tensor) -> bool:
+    return model.affine(tuple(x.shape[1:])) is not None
 
 
 @CERTIFICATES.register("linear", applies=_applies)
-def linear(model: Model, x: Tensor, threat: LpBall, y: Tensor | None) -> Certificate:
+def linear(
+    model: Model, x: Tensor, threat: LpBall, y: Tensor | None, seconds: float = math.inf
+) -> Certificate:
     """Exact radii, margins, prediction intervals and losses of affine models.
 
     Classifier, with m_j = z_k − z_j at x and v_j = w_j − w_k: the worst margin is

@@ -28,8 +28,12 @@ SLOPES: dict[type[nn.Module], float] = {
 }
 
 
-def _applies(model: Model, threat: LpBall, shape: tuple[int, ...]) -> bool:
-    return isinstance(model, TorchModel) and threat.p > 0 and _parts(model, shape) is not None
+def _applies(model: Model, threat: LpBall, x: Tensor) -> bool:
+    return (
+        isinstance(model, TorchModel)
+        and threat.p > 0
+        and _parts(model, tuple(x.shape[1:])) is not None
+    )
 
 
 @CERTIFICATES.register("lipschitz", applies=_applies, auto=False)

@@ -65,8 +65,8 @@ def predict(
     return torch.where(torch.from_numpy(doubt <= alpha), label, ABSTAIN)
 
 
-def _applies(model: Model, threat: LpBall, shape: tuple[int, ...]) -> bool:
-    return isinstance(model, Smoothed) and euclidean(threat, shape) < math.inf
+def _applies(model: Model, threat: LpBall, x: Tensor) -> bool:
+    return isinstance(model, Smoothed) and euclidean(threat, tuple(x.shape[1:])) < math.inf
 
 
 @CERTIFICATES.register("smoothing", applies=_applies)

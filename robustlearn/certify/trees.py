@@ -19,7 +19,7 @@ GROWTH = 1.25  # of ε, while no adversarial point is known
 TOLERANCE = 1e-3  # relative, of a radius where it is not the distance of a leaf
 
 
-def _applies(model: Model, threat: LpBall, shape: tuple[int, ...]) -> bool:
+def _applies(model: Model, threat: LpBall, x: Tensor) -> bool:
     return model.trees is not None and type(threat) is LpBall
 
 

@@ -223,6 +223,20 @@ def certify(
 
 
 @app.command()
+def verify(
+    network: Annotated[Path, typer.Argument(help="NETWORK.onnx")],
+    rule: Annotated[Path, typer.Argument(metavar="PROPERTY", help="PROPERTY.vnnlib")],
+    seconds: Annotated[float, typer.Option(help="After which the answer is unknown.")] = 120.0,
+    as_json: AsJson = False,
+) -> None:
+    """Decide a VNN-LIB property: unsat, sat with a counterexample, or unknown."""
+    from robustlearn.cli import verification
+
+    result = verification.verified(network, rule, seconds)
+    typer.echo(json.dumps(result) if as_json else verification.told(result))
+
+
+@app.command()
 def train(
     model: Model,
     data: Data,
@@ -310,7 +324,7 @@ def train(
             schedule=schedule,
             ramp=ramp,
             memory=memory,
-            criterion=training.criterion(criterion, smoothing, samples.y),
+            criterion=training.criterion(criterion, smoothing),
             awp=awp,
             on_overfitting=on_overfitting,
             seed=seed,

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.text import Text
 from torch import nn
@@ -30,11 +29,11 @@ def network(model: Model) -> nn.Module:
     return model.source
 
 
-def criterion(kind: str | None, smoothing: float, y: np.ndarray) -> Criterion:
-    """Return the loss of --criterion and --smoothing, by default that of the kind of labels."""
-    if kind is None:
-        kind = "squared" if y.dtype.kind == "f" else "cross_entropy"
-    return Criterion(kind, smoothing)
+def criterion(kind: str | None, smoothing: float) -> Criterion | None:
+    """Return the loss of --criterion and --smoothing; None for what the labels suggest."""
+    if kind is None and smoothing == 0:
+        return None
+    return Criterion(kind or "cross_entropy", smoothing)
 
 
 @contextlib.contextmanager

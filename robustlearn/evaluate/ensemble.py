@@ -12,7 +12,7 @@ from torch import Tensor
 
 from robustlearn import losses
 from robustlearn.attacks import ATTACKS, unsuitable
-from robustlearn.certify import CERTIFICATES, Certificate, applicable
+from robustlearn.certify import Certificate
 from robustlearn.certify import certify as prove
 from robustlearn.errors import InputError
 from robustlearn.evaluate import draws, fingerprint, inputs
@@ -27,6 +27,7 @@ from robustlearn.models import labels as labels_of
 from robustlearn.models import wrap
 from robustlearn.threats import LpBall
 
+SECONDS = 0.05  # that the certificate of a sample may take in the mean
 FEW = 8  # samples that are all near the boundary
 AUDITED = 64  # samples of an audit; twice as many or fewer are all attacked
 
@@ -72,7 +73,9 @@ def evaluate(
         an audit that breaks one goes on with all, and the report bounds what it left undone.
         Samples that are certified are attacked once, as a check of the certificate. Where p is
         not 1, 2 or ∞, presets end with what takes any norm: `fgsm` and `deepfool`.
-    certify : ``"auto"``, a method, or ``"none"``.
+    certify : ``"auto"``, a method, or ``"none"``; with ``"auto:seconds=10"`` a network's samples
+        may take that long each in the mean, by default 0.05 s. What is then neither certified nor
+        falsified is open.
     budget : the most gradients and forward passes a sample, ``"gradients=60,forwards=500"``;
         attacks are shortened to fit, or left out, and the report says which. What it takes to
         measure their points again, and the verdict on at most 64 samples, come on top.
@@ -185,6 +188,8 @@ class _Evaluation:
             steps = [step.defined(self.sizes[0]) for step in steps]
         self._check_that_one_fits(steps, fault)
         runs = self._attacks(steps, fault)
+        if certificate is not None and certificate.witness is not None:
+            runs += self._witnessed(certificate)
         self.known.shrink()
         certificate = self.known.check(certificate)
         told = self.harness.shares.told
@@ -192,6 +197,8 @@ class _Evaluation:
         notes = [*self.model.notes, *self.judgement.notes, *self.notes]
         predictions = self.known.predictions()
         found, proven = self.known.totals(certificate)
+        if proven is not None and self.model.task == "classification":
+            about["open"] = found.value - proven.value
         columns = self.model.classes
         named = columns if classes is None else classes
         if columns is not None and columns.tolist() != list(range(len(columns))):
@@ -239,25 +246,40 @@ class _Evaluation:
             self.notes.append("the model gives the same output for every sample")
 
     def _certify(self) -> tuple[Certificate | None, dict[str, Any]]:
-        about: dict[str, Any] = {"method": None, "exact": None, "reason": None}
-        shape = tuple(self.x.shape[1:])
+        about: dict[str, Any] = {"method": None, "exact": None, "reason": None, "open": None}
         if self.method == "none":
-            about["reason"] = "not asked for"
-        elif self.method == "auto" and not applicable(self.model, self.threat, shape):
-            known = ", ".join(CERTIFICATES)
-            about["reason"] = f"no certificate ({known}) applies to this model and threat"
-        else:
-            self.harness.progress("certificate", 0, len(self.x))
+            return None, about | {"reason": "not asked for"}
+        self.harness.progress("certificate", 0, len(self.x))
+        try:
             certificate = prove(
                 self.model,
                 self.x,
                 self.threat,
                 y=self.known.named(self.y.numpy()),
                 method=self.method,
+                seconds=SECONDS,
             )
+        except InputError as error:
+            if self.method.partition(":")[0] != "auto":
+                raise
+            return None, about | {"reason": f"no certificate applies: {error}"}
+        finally:
             self.harness.progress("certificate", len(self.x), len(self.x))
-            return certificate, about | {"method": certificate.method, "exact": certificate.exact}
-        return None, about
+        return certificate, about | {"method": certificate.method, "exact": certificate.exact}
+
+    def _witnessed(self, certificate: Certificate) -> list[AttackRun]:
+        """Break what still stands by the witnesses that the certificate came upon."""
+        found = torch.from_numpy(certificate.status == "falsified") & self.known.standing
+        rows = found.nonzero().squeeze(1)
+        if len(rows) == 0:
+            return []
+        points = torch.as_tensor(certificate.witness)[rows].to(self.x.dtype)
+        tally, before = Tally(), self.known.standing.clone()
+        self.known.keep(rows, points, tally)
+        self.known.settle(certificate.method, rows, before)
+        broken = int((~self.known.standing[rows]).sum())
+        name = certificate.method
+        return [AttackRun(name, attempted=len(rows), broken=broken, unstable=tally.unstable)]
 
     # ------------------------------------------------------------------ attacks
 

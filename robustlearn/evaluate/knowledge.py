@@ -202,7 +202,9 @@ class Knowledge:
                     "distance": float(distance[i]),
                 }
             if certificate is not None and certificate.certified is not None:
-                sample["certified"] = bool(certificate.certified[i])
+                proven = bool(certificate.certified[i])
+                standing = "open" if self.standing[i] else "falsified"
+                sample |= {"certified": proven, "status": "certified" if proven else standing}
                 sample["radius"] = float(certificate.radius[i])  # type: ignore[index]
             elif certificate is not None and certificate.loss is not None:
                 sample["certified_loss"] = float(certificate.loss[i])

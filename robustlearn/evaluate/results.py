@@ -60,10 +60,11 @@ class Sample:
 
     Classifiers: clean_correct; broken_by, the attack that broke it (None if it stands, or was
     wrong from the start); distance, the norm of the smallest change known to break it (0 if it
-    was wrong from the start); certified, whether the whole threat is proven harmless; radius,
-    the distance proven safe; the clean margin and the smallest that was found; the prediction at
-    the end. Regressors: squared errors, clean, under attack, and certified. ``digest`` tells the
-    features of one sample from those of another.
+    was wrong from the start); certified, whether the whole threat is proven harmless; status,
+    where there is a certificate: certified, falsified or open; radius, the distance proven safe;
+    the clean margin and the smallest that was found; the prediction at the end. Regressors: squared
+    errors, clean, under attack, and certified. ``digest`` tells the features of one sample from
+    those of another.
     """
 
     index: int
@@ -74,6 +75,7 @@ class Sample:
     distance: float | None = None
     prediction: Any = None
     certified: bool | None = None
+    status: str | None = None
     radius: float | None = None
     clean_margin: float | None = None
     attacked_margin: float | None = None

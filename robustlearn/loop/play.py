@@ -175,6 +175,7 @@ class _Run:
             for name, module in game.modules.items()
         }
         self.modes = {part: part.training for m in game.modules.values() for part in m.modules()}
+        self.frozen = {name: _frozen(module) for name, module in game.modules.items()}
         game.modules.update({name: side.module for name, side in self.sides.items()})
         scale = FP16_SCALE if options.precision == "fp16" else 1.0
         self.guard = Guard(options.on_nonfinite, options.precision, self._keep_batch, scale=scale)
@@ -201,8 +202,10 @@ class _Run:
         """Play what is left, and return the history."""
         self.started = time.perf_counter()
         while not self.position.stopped:
-            for side in self.sides.values():
+            for name, side in self.sides.items():
                 side.module.train()
+                for path in self.frozen[name]:
+                    side.module.get_submodule(path).training = False
             self._epoch()
             self._close()
         for name, side in self.sides.items():
@@ -391,3 +394,12 @@ class _Run:
         path = self.record.folder / f"nonfinite-{self.ranks.rank}.safetensors"
         checkpoint.export(path, {"index": batch.index, "x": batch.x, "y": batch.y})
         return f" (its batch is in {path})"
+
+
+def _frozen(module: nn.Module) -> list[str]:
+    """Return the parts that a module in training mode holds in evaluation mode.
+
+    One that is in evaluation mode as a whole was used before, and nothing is meant by it.
+    """
+    parts = module.named_modules() if module.training else ()
+    return [path for path, part in parts if not part.training]

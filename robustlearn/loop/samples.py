@@ -1,5 +1,6 @@
 """Which samples are in which batch, and how they are fetched."""
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,12 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+)
 
 from robustlearn import _tensor
 from robustlearn.errors import InputError
 from robustlearn.loop.randomness import generator, mixed, seeded
 
+CHUNK = 256  # samples that are fetched at a time to be held out
 Augment = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -74,6 +83,7 @@ class Samples:
         augment: Augment | None = None,
     ) -> None:
         self.batch_size: int | None = None
+        self._dtype: torch.dtype | None = None
         self.augment, self.ratio = augment, ratio
         self._loading: dict[str, Any] = {}
         if isinstance(data, DataLoader):
@@ -86,6 +96,7 @@ class Samples:
             data = data.dataset
         self._sources = [_source(part) for part in ([data] if extra is None else [data, extra])]
         self._lengths = [_length(source) for source in self._sources]
+        _check_alike(self._sources)
         self._cumulated = None if weights is None else self._weights(weights).cumsum(0)
         if not (0 <= ratio < 1 and (ratio > 0) == (extra is not None)):
             raise InputError(
@@ -98,6 +109,29 @@ class Samples:
         """Return data as samples, if it is not so already."""
         return data if isinstance(data, Samples) else cls(data)
 
+    def typed(self, dtype: torch.dtype) -> "Samples":
+        """Return the samples with x and y in ``dtype``, whole y as int64."""
+        typed = copy.copy(self)
+        typed._dtype = dtype
+        typed._sources = [_cast(part, dtype) if _held(part) else part for part in self._sources]
+        return typed
+
+    def split(self, out: Tensor) -> tuple["Samples", tuple[Tensor, Tensor]]:
+        """Return the samples without those numbered ``out`` (n,), and x and y of these."""
+        parts = [self._fetched(part) for part in out.split(CHUNK)]
+        stays = torch.ones(len(self), dtype=torch.bool)
+        stays[out] = False
+        left, rest = stays.nonzero().squeeze(1), copy.copy(self)
+        source = self._sources[0]
+        kept = _taken(source, left) if _held(source) else Subset(source, left.tolist())
+        rest._sources = [kept, *self._sources[1:]]
+        rest._lengths = [_length(kept), *self._lengths[1:]]
+        if self._cumulated is not None:
+            weights = torch.diff(self._cumulated, prepend=self._cumulated.new_zeros(1))
+            rest._cumulated = weights[left].cumsum(0)
+        x, y = (torch.cat(rows) for rows in zip(*parts, strict=True))
+        return rest, (x, y)
+
     def __len__(self) -> int:
         return self._lengths[0]
 
@@ -105,6 +139,11 @@ class Samples:
     def numbered(self) -> int:
         """How many samples have a number: those of the data, and the extra ones."""
         return sum(self._lengths)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether all samples are tensors, and none is fetched from a data set."""
+        return all(_held(source) for source in self._sources)
 
     def labels(self) -> list[Tensor]:
         """Return y of the data and of the extra data, of what is in memory."""
@@ -139,7 +178,15 @@ class Samples:
 
     def fetch(self, batches: list[Tensor], seed: int, epoch: int) -> Iterator[tuple[Any, Any]]:
         """Yield x and y of the given sample numbers, batch by batch."""
-        if all(_held(source) for source in self._sources):
+        pairs = self._pairs(batches, seed, epoch)
+        dtype = self._dtype
+        return pairs if dtype is None else (_cast(pair, dtype) for pair in pairs)
+
+    def _fetched(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        return next(self.fetch([index], 0, 0))
+
+    def _pairs(self, batches: list[Tensor], seed: int, epoch: int) -> Iterator[tuple[Any, Any]]:
+        if self.in_memory:
             return ((self._rows(index, 0), self._rows(index, 1)) for index in batches)
         parts = [TensorDataset(*part) if _held(part) else part for part in self._sources]
         plan = [[(int(i), mixed(seed, "sample", epoch, int(i))) for i in b] for b in batches]
@@ -243,6 +290,28 @@ def _source(data: Any) -> Any:
     if len(x) != len(y):
         raise InputError(f"x has {len(x)} samples, y has {len(y)}; expected as many")
     return x, y
+
+
+def _cast(pair: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    x, y = pair
+    return x.to(dtype), y.to(dtype) if y.is_floating_point() else y.long()
+
+
+def _taken(pair: tuple[Tensor, Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
+    x, y = pair
+    return x[index.to(x.device)], y[index.to(y.device)]
+
+
+def _check_alike(sources: list[Any]) -> None:
+    """Raise an InputError for data and extra data in memory that do not go into one batch."""
+    if len(sources) < 2 or not all(_held(source) for source in sources):
+        return
+    for name, own, more in zip("xy", *sources, strict=True):
+        if own.shape[1:] != more.shape[1:]:
+            raise InputError(
+                f"extra data must be of the same kind: a sample's {name} has shape "
+                f"{tuple(own.shape[1:])} in the data, {tuple(more.shape[1:])} in the extra data"
+            )
 
 
 def _held(source: Any) -> bool:

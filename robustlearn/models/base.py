@@ -13,6 +13,7 @@ from torch import Tensor
 
 from robustlearn._tensor import is_out_of_memory
 from robustlearn.errors import InputError, ModelError
+from robustlearn.models.trace import Network
 from robustlearn.models.trees import Trees
 
 Task = Literal["classification", "regression"]
@@ -185,6 +186,19 @@ class Model(ABC):
     def trees(self) -> Trees | None:
         """The leaves that the outputs are the sums of, where they are known."""
         return None
+
+    def recorded(self, x: Tensor) -> Network:
+        """Return the network in normal form, in float64: outputs (n, K), or (n, 1) of a regressor.
+
+        Parameters
+        ----------
+        x : (n, *shape) samples, the first of which it runs on.
+
+        Raises
+        ------
+        InputError naming what cannot be recorded.
+        """
+        raise InputError(f"{self.name} is a black box: there is no network to bound")
 
     def settle(self, x: Tensor, y: Tensor | None = None) -> None:
         """Decide, while that is open, what the outputs mean: logits, probabilities, predictions.

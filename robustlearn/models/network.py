@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from robustlearn.errors import InputError
 from robustlearn.models.base import Model
+from robustlearn.models.trace import Network, trace
 
 
 class Standardize(nn.Module):
@@ -190,6 +191,26 @@ class TorchModel(Model):
 
         weight = torch.autograd.functional.jacobian(function, origin)
         return weight.reshape(len(weight), -1), function(origin)
+
+    def recorded(self, x: Tensor) -> Network:
+        """Return the network in normal form; see `Model.recorded`."""
+        point = x[:1].to(self.device, self.dtype)
+        with self.session():
+            if self._suspects and self.task != "regression":
+                self._find_head(point)
+            if self._probabilities:
+                raise InputError(
+                    f"{self.name} returns probabilities: return logits to have it bounded"
+                )
+            return trace(self._columns, point)
+
+    def _columns(self, point: Tensor) -> Tensor:
+        """Return logits (n, K), or predictions (n, 1), without looking at their values."""
+        output = self._through(point)
+        output = getattr(output, "logits", output)
+        output = output.reshape(len(point), -1)
+        single = output.shape[1] == 1 and self.task != "regression"
+        return nn.functional.pad(output, (1, 0)) if single else output
 
     def rounding(self, size: Tensor) -> Tensor:
         """Bound what rounding does to any output of an affine chain, where |x| ≤ size.

@@ -144,7 +144,7 @@ def _summary(evaluation: dict[str, Any]) -> str:
         return f"Exactly {attacked['value']:.1%} of these samples are robust: both bounds meet."
     return (
         f"Between {certified['value']:.1%} (proven) and {attacked['value']:.1%} (unbroken) of the "
-        "samples are robust."
+        f"samples are robust; {attacked['value'] - certified['value']:.1%} are open."
     )
 
 

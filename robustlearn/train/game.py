@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from robustlearn.attacks.ascent import stepper
 from robustlearn.loop.sharded import load
 from robustlearn.threats import LpBall
-from robustlearn.train.inner import Craft
+from robustlearn.train.inner import Craft, statistics_held
 from robustlearn.train.memory import Memory
-from robustlearn.train.objectives import OBJECTIVES, Criterion, Outcome
+from robustlearn.train.objectives import OBJECTIVES, Criterion, Outcome, options_of
 from robustlearn.train.validation import Standing
 from robustlearn.train.weights import perturbed
 
-LONGER = 4  # steps of an ascent once single ones have failed
+ROLLED_BACK_TO = "pgd_at:steps=4"  # the objective once single steps have failed
 
 
 @dataclass
@@ -33,6 +33,8 @@ class RobustGame:
     guarded : whether the best weights are kept, for `roll_back`.
     best : what held-out samples said of the best epoch so far, and ``good`` its weights.
     awp : γ of the adversarial weight perturbation, once the ramp has ended; 0 for none.
+    grown : whether ε had its full size in the last step, which was of ``epoch``.
+    rolled_back : the epoch after which the best weights were returned to; None if they were not.
     """
 
     modules: dict[str, nn.Module]
@@ -47,11 +49,14 @@ class RobustGame:
     guarded: bool = False
     best: Standing | None = None
     good: dict[str, Tensor] = field(default_factory=dict)
-    rolled_back: bool = False
+    rolled_back: int | None = None
+    grown: bool = False
+    epoch: int = 0
 
     def step(self, batch: Any, turn: Any) -> dict[str, Tensor]:
         """Play a mini-batch; return the metrics of each sample (n,)."""
         threat = self._threat(batch.index, turn.progress)
+        self.grown, self.epoch = turn.progress >= self.ramp, turn.epoch
         craft = Craft(
             keys=turn.keys,
             start=None if self.memory is None else self.memory.get(batch.index, batch.x),
@@ -77,10 +82,10 @@ class RobustGame:
 
     def roll_back(self) -> bool:
         """Return to the weights that were kept, and to several steps; False if that is done."""
-        if self.rolled_back or not self.good:
+        if self.rolled_back is not None or not self.good:
             return False
         load(self.modules["model"], self.good)
-        self._climb_longer()
+        self._climb_longer(self.epoch)
         return True
 
     def state(self) -> dict[str, Tensor]:
@@ -89,7 +94,8 @@ class RobustGame:
         good = {f"good.{name}": value for name, value in self.good.items()}
         best = () if self.best is None else astuple(self.best)
         told = {"best": torch.tensor(best, dtype=torch.float64)}
-        return {**kept, **good, **told, "rolled_back": torch.tensor(self.rolled_back)}
+        back = () if self.rolled_back is None else (self.rolled_back,)
+        return {**kept, **good, **told, "rolled_back": torch.tensor(back, dtype=torch.int64)}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Take up what was remembered."""
@@ -98,12 +104,12 @@ class RobustGame:
         prefix = "good."
         self.good = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         self.best = Standing(*state["best"].tolist()) if len(state["best"]) else None
-        if bool(state["rolled_back"]):
-            self._climb_longer()
+        for epoch in state["rolled_back"].tolist():
+            self._climb_longer(epoch)
 
-    def _climb_longer(self) -> None:
-        self.rolled_back = True
-        self.objective, self.options = "pgd_at", {"steps": LONGER}
+    def _climb_longer(self, epoch: int) -> None:
+        self.rolled_back = epoch
+        self.objective, self.options = options_of(ROLLED_BACK_TO)
 
     def _threat(self, index: Tensor, progress: float) -> LpBall:
         threat = self.threat.select(index)
@@ -118,7 +124,8 @@ class RobustGame:
         moved: Any = contextlib.nullcontext()
         if self.awp and turn.progress >= self.ramp:
             network = craft.network(model)
-            before = play(network, batch.x, batch.y, threat, craft=craft, **given)
+            with statistics_held(network):
+                before = play(network, batch.x, batch.y, threat, craft=craft, **given)
             moved = perturbed(network, functools.partial(turn.slopes, before.loss), self.awp)
             craft = replace(craft, points=before.points.detach())
         with moved:

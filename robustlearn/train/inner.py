@@ -86,6 +86,23 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             part.training = True
 
 
+@contextlib.contextmanager
+def statistics_held(module: nn.Module) -> Iterator[None]:
+    """Let batch norm use the batch's statistics, and leave its running ones alone.
+
+    For passes in training mode beside the one that is trained on, which would count a batch twice.
+    """
+    kinds = nn.modules.batchnorm._BatchNorm
+    tracking = [m for m in module.modules() if isinstance(m, kinds) and m.track_running_stats]
+    for part in tracking:
+        part.track_running_stats = not part.training  # one in evaluation mode uses the running ones
+    try:
+        yield
+    finally:
+        for part in tracking:
+            part.track_running_stats = True
+
+
 def ascend(
     model: nn.Module,
     x: Tensor,

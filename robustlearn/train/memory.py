@@ -1,5 +1,6 @@
 """Perturbations that are kept from epoch to epoch, one a sample."""
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,14 @@ class Memory:
     Parameters
     ----------
     samples : their number; shape : of one.
-    file : where to keep them on disk, as a memory map; None for main memory.
+    file : where to keep them on disk, as a memory map; None for main memory. It is made when
+        it is first asked for, and a checkpoint holds a copy of it.
+    resume : whether the file may be there already, from the run that goes on.
+
+    Raises
+    ------
+    InputError if there are no samples, if the file exists and no run is resumed or it is of other
+    samples, and if its folder is missing.
 
     Notes
     -----
@@ -25,15 +33,30 @@ class Memory:
     the same in every epoch.
     """
 
-    def __init__(self, samples: int, shape: tuple[int, ...], file: Path | None = None) -> None:
+    def __init__(
+        self,
+        samples: int,
+        shape: tuple[int, ...],
+        file: Path | None = None,
+        *,
+        resume: bool = False,
+    ) -> None:
         if samples < 1:
             raise InputError(f"perturbations are kept of at least one sample; got {samples}")
-        size = (samples, *shape)
-        if file is None:
-            self.kept = torch.zeros(size, dtype=torch.bfloat16)
-        else:  # numpy has no bfloat16
-            mapped = np.lib.format.open_memmap(file, mode="w+", dtype=np.int16, shape=size)
-            self.kept = torch.from_numpy(mapped).view(torch.bfloat16)
+        self._size, self._file = (samples, *shape), file
+        if file is not None:
+            _check_file(file, self._size, resume)
+
+    @functools.cached_property
+    def kept(self) -> Tensor:
+        """The perturbations (samples, *shape), bfloat16."""
+        if self._file is None:
+            return torch.zeros(self._size, dtype=torch.bfloat16)
+        mode = "r+" if self._file.exists() else "w+"
+        mapped = np.lib.format.open_memmap(  # numpy has no bfloat16
+            self._file, mode=mode, dtype=np.int16, shape=self._size
+        )
+        return torch.from_numpy(mapped).view(torch.bfloat16)
 
     def get(self, index: Tensor, like: Tensor) -> Tensor:
         """Return the perturbations (n, *shape) of some samples, of dtype and device of ``like``."""
@@ -42,3 +65,26 @@ class Memory:
     def put(self, index: Tensor, delta: Tensor) -> None:
         """Keep the perturbations of some samples."""
         self.kept[index.cpu()] = delta.detach().to("cpu", torch.bfloat16)
+
+
+def _check_file(file: Path, size: tuple[int, ...], resume: bool) -> None:
+    """Raise an InputError where a store cannot be made without loss."""
+    if not file.parent.is_dir():
+        raise InputError(f"there is no folder {file.parent} to keep perturbations in; make it")
+    if not file.exists():
+        return
+    if not resume:
+        raise InputError(
+            f"{file} exists, and keeping perturbations there would overwrite it: name another "
+            "file, delete it, or go on with its run by resume=True"
+        )
+    try:
+        found = np.load(file, mmap_mode="r", allow_pickle=False)
+        held = (found.shape, found.dtype)
+    except (ValueError, OSError, EOFError) as error:
+        raise InputError(f"{file} holds no perturbations ({error}): name another file") from error
+    if held != (size, np.dtype(np.int16)):
+        raise InputError(
+            f"{file} holds {held[1]} of shape {held[0]}; expected perturbations of this run, int16 "
+            f"of shape {size}: name its own file"
+        )

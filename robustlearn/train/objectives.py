@@ -3,7 +3,7 @@
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -23,7 +23,7 @@ from robustlearn.registry import (
     parsed,
 )
 from robustlearn.threats import LpBall
-from robustlearn.train.inner import Craft, Divergence, ascend, evaluating
+from robustlearn.train.inner import Craft, Divergence, ascend, evaluating, statistics_held
 
 OBJECTIVES = Registry("objective")
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -53,13 +53,24 @@ class Criterion:
     ----------
     kind : ``"cross_entropy"``, ``"squared"`` or ``"huber"``.
     smoothing : share of the label that is spread over all classes.
-    weights : (K,) weights of the classes; None for equal ones.
+    weights : (K,) weights of the classes, finite and not negative; None for equal ones. They
+        weigh all that an objective asks of a sample: its divergence and its margin too.
     knee : |error| from which ``"huber"`` is linear.
+
+    Raises
+    ------
+    InputError for a value out of its range, and for weights that are not one per class.
+
+    Examples
+    --------
+    >>> rare = Criterion(weights=[1.0, 9.0])
+    >>> [round(float(loss), 2) for loss in rare(torch.zeros(2, 2), torch.tensor([0, 1]))]
+    [0.69, 6.24]
     """
 
     kind: str = "cross_entropy"
     smoothing: float = 0.0
-    weights: Tensor | None = None
+    weights: Tensor | Sequence[float] | None = None
     knee: float = 1.0
 
     def __post_init__(self) -> None:
@@ -69,6 +80,8 @@ class Criterion:
             raise InputError(f"label smoothing is at least 0 and under 1; got {self.smoothing}")
         if not (self.knee > 0 and math.isfinite(self.knee)):
             raise InputError(f"the knee of the Huber loss is positive; got {self.knee}")
+        if self.weights is not None:
+            object.__setattr__(self, "weights", _class_weights(self.weights, self.kind))
 
     @property
     def classifies(self) -> bool:
@@ -76,14 +89,29 @@ class Criterion:
         return self.kind == "cross_entropy"
 
     def __call__(self, output: Tensor, y: Tensor) -> Tensor:
-        """Return the loss of each sample (n,)."""
+        """Return the loss of each sample (n,), times the weight of its class."""
+        return self.weighed(self.plain(output, y), output, y)
+
+    def plain(self, output: Tensor, y: Tensor) -> Tensor:
+        """Return the loss of each sample (n,), whatever its class."""
         if not self.classifies:
             error = output.reshape(len(y)) - y.to(output.dtype)
             return error.square() if self.kind == "squared" else _huber(error, self.knee)
-        loss = functional.cross_entropy(
+        return functional.cross_entropy(
             losses.two_columns(output), y, reduction="none", label_smoothing=self.smoothing
         )
-        return loss if self.weights is None else loss * self.weights.to(loss)[y]
+
+    def weighed(self, loss: Tensor, output: Tensor, y: Tensor) -> Tensor:
+        """Return losses (n,) times the weights of their classes."""
+        if self.weights is None:
+            return loss
+        classes = losses.two_columns(output).shape[1]
+        if len(self.weights) != classes:
+            raise InputError(
+                f"weights must hold one number per class, {classes} by the network's output; got "
+                f"{len(self.weights)}"
+            )
+        return loss * torch.as_tensor(self.weights).to(loss)[y]
 
     def look(self, output: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the adversary raises, and its derivative: log-odds, or the squared error."""
@@ -101,6 +129,20 @@ OWN = {  # options of objectives
     "width": POSITIVE,
 }
 CROSS_ENTROPY, PLAIN = Criterion(), Craft()
+
+
+def _class_weights(weights: Tensor | Sequence[float], kind: str) -> Tensor:
+    if kind != "cross_entropy":
+        raise InputError(f"weights are of classes, and {kind!r} has none: leave them out")
+    values = torch.as_tensor(weights).detach()
+    if not values.is_floating_point():
+        values = values.double()
+    if values.dim() != 1 or not bool((values >= 0).all() & values.isfinite().all() & values.any()):
+        raise InputError(
+            "weights must hold one number per class, finite, not negative and not all zero; got "
+            f"{values.tolist()}"
+        )
+    return values
 
 
 def _huber(error: Tensor, knee: float) -> Tensor:
@@ -132,16 +174,19 @@ def options_of(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def objective(
-    *, classes_only: bool = False, single_step: bool = False, replays: int = 1, **ranges: Range
+    *,
+    classes_only: bool = False,
+    replays: int = 1,
+    keeps: bool = True,
+    **ranges: Range,
 ) -> Callable[[Function], Function]:
     """File a function as an objective.
 
     Parameters
     ----------
     classes_only : whether it is for classifiers alone.
-    single_step : whether its adversary takes one step from a random point, and so may be fooled
-        by a network whose gradient is masked (catastrophic overfitting).
     replays : how often each mini-batch is played, with its perturbations kept.
+    keeps : whether an ascent can start where the sample's perturbation stood an epoch ago.
     ranges : of options that are not those in ``OWN``.
     """
 
@@ -151,18 +196,31 @@ def objective(
             criterion = options.get("criterion", CROSS_ENTROPY)
             if classes_only and not criterion.classifies:
                 raise InputError(f"{function.__name__} is for classifiers, not for regressors")
-            return function(model, x, y, threat, **options)
+            try:
+                return function(model, x, y, threat, **options)
+            except (IndexError, RuntimeError) as error:
+                if criterion.classifies and "out of bounds" in str(error):
+                    raise _no_class(y) from error
+                raise
 
         OBJECTIVES.register(
             function.__name__,
             classes_only=classes_only,
-            single_step=single_step,
             replays=replays,
+            keeps=keeps,
             ranges={**OWN, **ranges},
         )(run)
         return run  # type: ignore[return-value]
 
     return decorate
+
+
+def _no_class(y: Tensor) -> InputError:
+    low, high = (int(value) for value in y.aminmax())
+    return InputError(
+        "labels are classes of the network, from 0 to one less than its outputs; in a batch the "
+        f"labels are {low} to {high}: number them anew, or give the network as many outputs"
+    )
 
 
 def _crafted(
@@ -193,7 +251,7 @@ def _told(loss: Tensor, points: Tensor, output: Tensor, y: Tensor, criterion: Cr
     return Outcome(loss, points, metrics)
 
 
-@objective()
+@objective(keeps=False)
 def standard(
     model: nn.Module,
     x: Tensor,
@@ -213,7 +271,7 @@ def standard(
     return _told(criterion(output, y), x, output, y, criterion)
 
 
-@objective()
+@objective(keeps=False)
 def gaussian(
     model: nn.Module,
     x: Tensor,
@@ -236,7 +294,7 @@ def gaussian(
     return _told(criterion(output, y), points, output, y, criterion)
 
 
-@objective(single_step=True)
+@objective()
 def fgsm(
     model: nn.Module,
     x: Tensor,
@@ -256,7 +314,7 @@ def fgsm(
     return _told(criterion(output, y), points, output, y, criterion)
 
 
-@objective(single_step=True)
+@objective(keeps=False)
 def n_fgsm(
     model: nn.Module,
     x: Tensor,
@@ -291,7 +349,7 @@ def n_fgsm(
     return _told(criterion(output, y), points, output, y, criterion)
 
 
-@objective(single_step=True, replays=4)
+@objective(replays=4, keeps=False)
 def free(
     model: nn.Module,
     x: Tensor,
@@ -304,7 +362,9 @@ def free(
     """L(f(x + δ), y), where δ is stepped by ε along the same backward pass that trains the weights.
 
     The points are leaves that require a gradient: after the backward pass the trainer steps them
-    and plays the mini-batch again. Source: Shafahi et al. (2019).
+    and plays the mini-batch again. Source: Shafahi et al. (2019), where a mini-batch takes over
+    the δ that the one before left behind; here its δ begins at random, so that what a sample
+    meets depends on none but itself.
     """
     points = craft.points if craft.points is not None else craft.begin(x, threat)
     points = points.detach().requires_grad_()
@@ -375,7 +435,8 @@ def trades(
     if points is None:
         points = _diverging(model, x, y, threat, craft, steps, step_size)
     clean, output = craft.forward(model, torch.cat([x, points])).split(len(x))
-    loss = criterion(clean, y) + beta * _divergence(clean, output)
+    loss = criterion.plain(clean, y) + beta * _divergence(clean, output)
+    loss = criterion.weighed(loss, output, y)
     return _told(loss, points, output, y, criterion)
 
 
@@ -400,9 +461,9 @@ def mart(
     clean, output = craft.forward(model, torch.cat([x, points])).split(len(x))
     z = losses.two_columns(output)
     rival = z.log_softmax(1).scatter(1, y[:, None], -torch.inf).amax(1)
-    boosted = criterion(output, y) - torch.log1p(-rival.exp().clamp(max=1 - 1e-6))
+    boosted = criterion.plain(output, y) - torch.log1p(-rival.exp().clamp(max=1 - 1e-6))
     doubt = 1 - losses.two_columns(clean).softmax(1).gather(1, y[:, None]).squeeze(1)
-    loss = boosted + weight * _divergence(clean, output) * doubt
+    loss = criterion.weighed(boosted + weight * _divergence(clean, output) * doubt, output, y)
     return _told(loss, points, output, y, criterion)
 
 
@@ -424,11 +485,12 @@ def margin(
     points = _crafted(model, x, y, threat, criterion, craft, steps, step_size)
     clean, output = craft.forward(model, torch.cat([x, points])).split(len(x))
     gap = losses.margin(output, y)
-    loss = criterion(clean, y) + weight * functional.softplus(width - gap)
+    loss = criterion.plain(clean, y) + weight * functional.softplus(width - gap)
+    loss = criterion.weighed(loss, output, y)
     return _told(loss, points, output, y, criterion)
 
 
-@objective(single_step=True)
+@objective()
 def grad_align(
     model: nn.Module,
     x: Tensor,
@@ -440,16 +502,21 @@ def grad_align(
     criterion: Criterion = CROSS_ENTROPY,
     craft: Craft = PLAIN,
 ) -> Outcome:
-    """`fgsm` + λ·(1 − cos(∇ₓL(x), ∇ₓL(x + η))): gradients that agree within the threat.
+    """`fgsm` + λ·(1 − cos(∇ₓu(x), ∇ₓu(x + η))): gradients that agree within the threat.
 
-    Costs a second derivative. Source: Andriushchenko and Flammarion (2020).
+    u are the log-odds, whose slope has the direction of the cross-entropy's and does not vanish
+    on confident samples; for regressors the squared error. A sample without a slope is left out.
+    Costs a second derivative. Source: Andriushchenko and Flammarion (2020), there of the
+    cross-entropy.
     """
     points = _crafted(model, x, y, threat, criterion, craft, 1, step_size)
     output = craft.forward(model, points)
     other = x + threat.sample(x, _tensor.fold(_tensor.keys(craft.keys, x), 1))
     here, there = (_differentiable_slope(model, p, y, criterion, craft) for p in (x, other))
-    apart = 1 - functional.cosine_similarity(here, there, dim=1)
-    return _told(criterion(output, y) + weight * apart, points, output, y, criterion)
+    sloped = here.any(1) & there.any(1)
+    apart = torch.where(sloped, 1 - functional.cosine_similarity(here, there, dim=1), 0.0)
+    loss = criterion.weighed(criterion.plain(output, y) + weight * apart, output, y)
+    return _told(loss, points, output, y, criterion)
 
 
 def _diverging(
@@ -479,7 +546,12 @@ def _divergence(clean: Tensor, output: Tensor) -> Tensor:
 def _differentiable_slope(
     model: nn.Module, point: Tensor, y: Tensor, criterion: Criterion, craft: Craft
 ) -> Tensor:
+    """∇ₓ of log-odds or squared error over its largest entry (n, d), with the weights' graph."""
     leaf = point.detach().requires_grad_()
-    loss = criterion(craft.forward(model, leaf), y)
-    (gradient,) = torch.autograd.grad(loss.sum(), leaf, create_graph=True)
-    return _tensor.flat(gradient)
+    raised = losses.log_odds if criterion.classifies else losses.squared_error
+    with statistics_held(model):
+        value = raised(craft.forward(model, leaf), y)
+    (gradient,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
+    rows = _tensor.flat(gradient)
+    top = rows.detach().abs().amax(1, keepdim=True)
+    return rows / torch.where(top > 0, top, 1)

@@ -1,8 +1,9 @@
 """From a fragile network to a robust one: data, game, loop, and the figure at the end."""
 
+import inspect
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,24 +11,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robustlearn import _tensor
 from robustlearn.errors import InputError
-from robustlearn.evaluate import Report, evaluate
+from robustlearn.evaluate import Report, evaluate, plan
 from robustlearn.loop import History, Moment, Samples, play
-from robustlearn.models import check_range, wrap
+from robustlearn.models import TorchModel
 from robustlearn.registry import NOT_NEGATIVE, POSITIVE, check_options
 from robustlearn.report import write_training
+from robustlearn.tabular import Tabular
 from robustlearn.threats import LpBall
-from robustlearn.train.game import RobustGame
+from robustlearn.train.game import ROLLED_BACK_TO, RobustGame
+from robustlearn.train.givens import check_threat, fingerprint, givens, judged, network_of, share
 from robustlearn.train.memory import Memory
 from robustlearn.train.objectives import OBJECTIVES, Criterion, options_of
 from robustlearn.train.validation import Standing, validate
 
+PLAYED = {  # options of the loop that the weights depend on, and their defaults
+    name: inspect.signature(play).parameters[name].default
+    for name in (
+        *("precision", "compile", "channels_last", "accumulate"),
+        *("ema", "clip", "patience", "on_nonfinite"),
+    )
+}
 FIGURE = "robust"  # what decides which epoch is the best
 KEPT, FRESH = "pgd_at:steps=1:step_size=0.5", "pgd_at:steps=2"  # see `fit`
-MOST_HELD_OUT = 1000
+LOOKED_AT = 8  # samples, to tell whether a data set draws them anew
 ON_OVERFITTING = ("warn", "rollback")
-Held = tuple[Tensor, Tensor]
 
 
 @dataclass(eq=False)
@@ -38,7 +46,7 @@ class TrainingResult:
     ----------
     model : the network with the weights of the best epoch (their running mean, if ``ema``).
     history : rows per epoch; see `robustlearn.loop.History`.
-    report : the two-sided figure on the samples that were held out; None if not asked for.
+    report : the two-sided figure on samples held out, whose name says which; None if not asked for.
     settings : what training was asked for, as plain values.
     """
 
@@ -75,12 +83,13 @@ class TrainingResult:
 
 
 def fit(
-    net: nn.Module,
+    net: nn.Module | TorchModel,
     train: Any,
     threat: LpBall,
     *,
     objective: str | None = None,
     validation: Any = 0.1,
+    test: Any = None,
     epochs: int = 30,
     batch_size: int | None = None,
     optimizer: str | Callable[..., torch.optim.Optimizer] = "adamw",
@@ -102,15 +111,20 @@ def fit(
 
     Parameters
     ----------
-    net : trained in place; ends with the weights of the best epoch.
+    net : trained in place; ends with the weights of the best epoch. Its outputs are logits, or the
+        predictions of a regressor; what `wrap` made of a torch network is taken for that network.
     train : (x, y) as arrays or tensors, a torch ``Dataset``, a ``DataLoader``, or `loop.Samples`
         (weights of classes, extra data, augmentation).
     threat : what the adversary may do.
     objective : name of an objective with its options, as ``"trades:beta=6:steps=3"``; they are
         `robustlearn.train.OBJECTIVES`. By default ``"pgd_at"`` with one step of ε/2 where
         perturbations are kept, and with two steps of 1.25ε where they are not.
-    validation : (x, y) to choose the best epoch on; or the share of (x, y) in ``train`` to hold
-        out for that, at most 1,000 samples; or None.
+    validation : (x, y) to choose the best epoch on; or the share of ``train`` to hold
+        out, at most 2,000 samples; or None. Without ``test`` one half of the share chooses the
+        epoch, and the report is about the other.
+    test : (x, y) for the report, which the choice of the epoch does not look at. Without it, and
+        with a pair for ``validation``, the report is about that pair, and says so: it is biased
+        upwards by the choice.
     batch_size : 64 by default: small batches do better than large ones at equal cost.
     optimizer : ``"adamw"``, ``"sgd"`` (Nesterov, momentum 0.9), or ``parameters -> Optimizer``.
     schedule, seed, out, **options : as for `robustlearn.loop.play` (resume, patience, precision,
@@ -118,14 +132,16 @@ def fit(
     ramp : share of the steps during which ε grows to its full size; without it training at a
         large ε may stay at chance.
     memory : whether each sample's perturbation of the epoch before is where the next ascent
-        starts; the name of a file keeps them on disk, for one process. Not with augmentation;
+        starts; the name of a file keeps them on disk, for one process. Not with augmentation,
+        nor where features move in whole steps, which would round the next step away;
         and for regressors an ascent always starts at x, where the sign of the error is right.
     awp : γ of the adversarial weight perturbation; 0 for none.
     criterion : ``"cross_entropy"``, ``"squared"``, ``"huber"`` or a `Criterion`; by default the
-        first for whole labels and the second for others.
+        first for whole labels and the second for others; of a network with one output labels in a
+        floating type are targets, but for 0 and 1.
     on_overfitting : when a single step finds little that stands under attack, warn; or roll back
         to the best weights and go on with four steps an ascent.
-    attacks : of the evaluation at the end on the samples held out; None for none.
+    attacks : of the evaluation at the end; None for none.
 
     Returns
     -------
@@ -134,7 +150,9 @@ def fit(
 
     Raises
     ------
-    InputError for options that do not fit each other.
+    InputError, before the first step, for options that do not fit each other, networks that end
+    in a softmax or sigmoid, data outside the threat's box, labels that are no classes of the
+    network, and threats of other p than 1, 2 and ∞.
 
     Examples
     --------
@@ -148,13 +166,18 @@ def fit(
     numbers = {"lr": lr, "weight_decay": weight_decay, "awp": awp}
     check_options("fit", numbers, dict.fromkeys(numbers, NOT_NEGATIVE) | {"lr": POSITIVE})
     _check_rollback(on_overfitting, validation, options.get("ema"))
-    if isinstance(threat.eps, Tensor):
-        raise InputError("give one budget for all samples: those held out have none of their own")
-    dtype = next(net.parameters()).dtype
-    samples, held = _parts(train, validation, seed, dtype)
-    judge = _criterion(criterion, samples)
-    objective = objective or (KEPT if memory and judge.classifies else FRESH)
-    name, chosen = options_of(objective)
+    if attacks is not None:
+        plan(attacks)  # what it names wrongly is to be told now, not after training
+    net = network_of(net)
+    name, chosen = options_of(objective or FRESH)
+    check_threat(threat, name, validated=validation is not None)
+    given = givens(net, train, validation, test, threat, criterion, seed)
+    samples, judge = given.samples, given.criterion
+    if _rounds(threat):
+        memory = False
+    if objective is None:
+        objective = KEPT if memory and judge.classifies else FRESH
+        name, chosen = options_of(objective)
     if OBJECTIVES[name].facts["replays"] > 1 and options.get("accumulate", 1) > 1:
         raise InputError(f"{name} steps after each replay, and cannot accumulate: accumulate=1")
     game = RobustGame(
@@ -164,30 +187,38 @@ def fit(
         options=chosen,
         threat=threat,
         criterion=judge,
-        ramp=_share("ramp", ramp),
-        memory=_memory(memory, samples, name) if judge.classifies else None,
+        ramp=share("ramp", ramp),
+        memory=_memory(memory, samples, name, bool(options.get("resume")))
+        if judge.classifies
+        else None,
         awp=awp,
         guarded=on_overfitting == "rollback",
     )
-    if game.criterion.classifies:
-        _check_labels(net, samples)
-    watch = None if held is None else _Watch(game, *held, seed)
+    watch = None if given.choosing is None else _Watch(game, *given.choosing, seed)
+    size = batch_size or samples.batch_size or 64
     settings = {
         "objective": objective,
         "threat": str(threat),
         "epochs": epochs,
+        "batch_size": size,
+        "optimizer": type(game.optimizers["model"]).__name__,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "schedule": schedule,
         "seed": seed,
         "ramp": ramp,
         "memory": game.memory is not None,
         "awp": awp,
-        "criterion": game.criterion.kind,
+        **_told_of(judge),
         "on_overfitting": on_overfitting,
+        "validation": fingerprint(given.choosing),
+        **{key: options.get(key, default) for key, default in PLAYED.items()},
     }
     history = play(
         game,
         samples,
         epochs=epochs,
-        batch_size=batch_size or samples.batch_size or 64,
+        batch_size=size,
         seed=seed,
         schedule=schedule,
         validate=watch,
@@ -197,11 +228,13 @@ def fit(
         settings=settings,
         **options,
     )
+    if game.rolled_back is not None:
+        settings["rolled_back"] = {"after_epoch": game.rolled_back, "to": ROLLED_BACK_TO}
     net.load_state_dict(history.weights["model"])
     report = None
-    if held is not None and attacks is not None:
-        judged = wrap(net, task="classification" if game.criterion.classifies else "regression")
-        report = evaluate(judged, *held, threat, attacks=attacks, seed=seed, data="held out")
+    if given.telling is not None and attacks is not None:
+        model, (x, y) = judged(net, judge), given.telling
+        report = evaluate(model, x, y, threat, attacks=attacks, seed=seed, data=given.told)
     result = TrainingResult(net.eval(), history, report, settings)
     if out is not None and history.first:
         result.save(out)
@@ -219,57 +252,28 @@ class _Watch:
         net = modules["model"]
         device = next(net.parameters()).device
         x, y = self.x.to(device), self.y.to(device)
-        found = validate(net, x, y, self.game.threat, seed=self.seed)
+        model = judged(net, self.game.criterion)
+        found = validate(model, x, y, self.game.threat, seed=self.seed)
+        if self.game.grown and found.overfitted(self.game.best):  # before, the full ε is new to it
+            found = self._overfitted(found)
         best = self.game.best
-        if found.overfitted(best):
-            self._overfitted(found)
         if best is None or found.robust > best.robust:
             self.game.remember(found)
         return {"clean": found.clean, "single": found.single, "robust": found.robust}
 
-    def _overfitted(self, found: Standing) -> None:
+    def _overfitted(self, found: Standing) -> Standing:
+        """Tell of it, and return what now stands: after a rollback that is what was best."""
+        game = self.game
         said = (
             f"catastrophic overfitting: {found.single:.1%} stand after a single step, "
             f"{found.robust:.1%} after an attack of several and a search without gradients"
         )
-        if self.game.roll_back():
+        if game.best is not None and game.roll_back():
             warnings.warn(f"{said}; back to the best weights, with more steps", stacklevel=2)
-        else:
-            warnings.warn(f"{said}; use more steps, or on_overfitting='rollback'", stacklevel=2)
-
-
-def _parts(
-    train: Any, validation: Any, seed: int, dtype: torch.dtype
-) -> tuple[Samples, Held | None]:
-    """Return the samples to train on, and those held out."""
-    if validation is None or not isinstance(validation, float | int):
-        held = None if validation is None else _pair(validation, dtype)
-        paired = isinstance(train, tuple | list) and len(train) == 2
-        return Samples.of(_pair(train, dtype) if paired else train), held
-    share = _share("validation", float(validation))
-    if not (isinstance(train, tuple | list) and len(train) == 2):
-        raise InputError(
-            "a share can be held out of arrays (x, y) only: give validation=(x, y), or None"
-        )
-    x, y = _pair(train, dtype)
-    count = min(MOST_HELD_OUT, int(share * len(x)))
-    if count == 0:
-        return Samples((x, y)), None
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    kept, out = order[count:].sort().values, order[:count].sort().values
-    return Samples((x[kept], y[kept])), (x[out], y[out])
-
-
-def _pair(data: Sequence[Any], dtype: torch.dtype) -> Held:
-    """Return x in the network's dtype, and y, whole labels as such."""
-    x, y = (_tensor.as_tensor(part, name) for part, name in zip(data, "xy", strict=True))
-    return x.to(dtype), y.to(dtype) if y.is_floating_point() else y.long()
-
-
-def _share(name: str, value: float) -> float:
-    if not 0 <= value < 1:
-        raise InputError(f"{name} is a share, at least 0 and under 1; got {value:g}")
-    return value
+            return game.best
+        advice = "" if game.guarded else ", or on_overfitting='rollback'"
+        warnings.warn(f"{said}; use more steps{advice}", stacklevel=2)
+        return found
 
 
 def _optimizer(
@@ -286,13 +290,15 @@ def _optimizer(
     raise InputError(f"an optimizer is adamw, sgd or a function of parameters; got {chosen!r}")
 
 
-def _criterion(chosen: Criterion | str | None, samples: Samples) -> Criterion:
-    if isinstance(chosen, Criterion):
-        return chosen
-    if chosen is not None:
-        return Criterion(chosen)
-    _, y = next(samples.fetch([torch.tensor([0])], 0, 0))
-    return Criterion("squared" if torch.as_tensor(y).is_floating_point() else "cross_entropy")
+def _told_of(criterion: Criterion) -> dict[str, Any]:
+    """Return a criterion as plain values, the weights of classes as a list."""
+    weights = criterion.weights
+    return {
+        "criterion": criterion.kind,
+        "smoothing": criterion.smoothing,
+        "knee": criterion.knee,
+        "class_weights": None if weights is None else torch.as_tensor(weights).tolist(),
+    }
 
 
 def _check_rollback(policy: str, validation: Any, ema: float | None) -> None:
@@ -306,23 +312,29 @@ def _check_rollback(policy: str, validation: Any, ema: float | None) -> None:
         )
 
 
-def _check_labels(net: nn.Module, samples: Samples) -> None:
-    """Raise an InputError unless the labels that are in memory are classes of the network."""
-    model = wrap(net, task="classification")
-    x, _ = next(samples.fetch([torch.tensor([0])], 0, 0))
-    with model.session(), torch.no_grad():
-        model(x)
-    for labels in samples.labels():
-        check_range(model, labels)
+def _rounds(threat: LpBall) -> bool:
+    """Tell whether kept members stand on whole numbers, which a short step does not leave."""
+    return isinstance(threat, Tabular) and (bool(threat.integer.any()) or bool(threat.groups))
 
 
-def _memory(wanted: bool | str | Path, samples: Samples, objective: str) -> Memory | None:
-    if wanted is False or objective in ("standard", "gaussian", "free", "n_fgsm"):
+def _memory(
+    wanted: bool | str | Path, samples: Samples, objective: str, resume: bool
+) -> Memory | None:
+    if wanted is False or not OBJECTIVES[objective].facts["keeps"]:
         return None
-    if samples.augment is not None:
+    if samples.augment is not None or _random(samples):
         raise InputError("kept perturbations belong to unchanged samples: memory=False to augment")
     x, _ = next(samples.fetch([torch.tensor([0])], 0, 0))
     file = None if wanted is True else Path(wanted)
     if file is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("several processes cannot keep perturbations in one file: memory=True")
-    return Memory(samples.numbered, tuple(x.shape[1:]), file)
+    return Memory(samples.numbered, tuple(x.shape[1:]), file, resume=resume)
+
+
+def _random(samples: Samples) -> bool:
+    """Tell whether some samples look different in the next epochs."""
+    if samples.in_memory:
+        return False
+    some = [torch.arange(min(LOOKED_AT, len(samples)))]
+    looks = [next(samples.fetch(some, 0, epoch))[0] for epoch in range(3)]
+    return not all(torch.equal(looks[0], look) for look in looks[1:])

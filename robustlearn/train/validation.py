@@ -18,7 +18,7 @@ ATTACKED: tuple[tuple[str, dict[str, Any]], ...] = (  # one after the other, on 
     ("square", {"queries": QUERIES}),
 )
 CHUNK = 500  # samples a batch
-LOST, APART = 0.5, 0.5  # see `overfitted`
+LOST, APART, GAP = 0.5, 0.5, 0.1  # see `overfitted`
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Standing:
 
         A single step finds little and the attack nearly everything: they are ``APART`` from each
         other, or the attacked share has lost the part ``LOST`` of its best while that after one
-        step has lost nothing.
+        step has lost nothing and stands ``GAP`` above it: with less a network is weak, not masked.
         """
         if self.robust < 0 or self.clean <= 0:
             return False
@@ -45,12 +45,15 @@ class Standing:
             return True
         return (
             best is not None
+            and self.single - self.robust >= GAP
             and self.robust < LOST * best.robust
             and self.single >= best.single - 0.01
         )
 
 
-def validate(net: nn.Module, x: Tensor, y: Tensor, threat: LpBall, *, seed: int = 0) -> Standing:
+def validate(
+    net: nn.Module | Model, x: Tensor, y: Tensor, threat: LpBall, *, seed: int = 0
+) -> Standing:
     """Measure a network by one step, and by APGD with a search by scores on what it leaves.
 
     PGD alone flatters networks that were trained by single steps: the search without gradients
@@ -59,6 +62,8 @@ def validate(net: nn.Module, x: Tensor, y: Tensor, threat: LpBall, *, seed: int 
 
     Parameters
     ----------
+    net : a network, taken for a classifier if y are whole numbers of an integer type; or what
+        `wrap` made of it, for which that is said.
     x : (n, *shape) on the network's device; y : (n,) classes or targets.
 
     Notes

@@ -1,0 +1,45 @@
+"""Answers to VNN-LIB queries, as the tools of its competition give them."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from robustlearn.certify import vnnlib
+from robustlearn.certify.bounds import Deadline
+from robustlearn.certify.complete import decide
+from robustlearn.models import onnx
+from robustlearn.models.trace import trace
+
+SLACK = 1e-9  # for the rounding of bounds in float64
+
+
+def verified(network: Path, rule: Path, seconds: float) -> dict[str, Any]:
+    """Return the answer, and for ``sat`` the inputs and outputs of a counterexample.
+
+    The inputs are numbers of float32, the outputs are computed from them in float64.
+    """
+    module = onnx.read(network)
+    shape = module.shape
+    recorded = trace(module, torch.full((1, *shape), 0.5))
+    outputs = recorded.nodes[recorded.output].shape[-1]
+    deadline, answer = Deadline.after(seconds), "unsat"
+    for region, unsafe in vnnlib.read(rule, shape, outputs):
+        with torch.no_grad():
+            found = decide(
+                recorded, region, unsafe, slack=SLACK, dtype=torch.float32, deadline=deadline
+            )
+        if found.witness is not None:
+            y = recorded(found.witness[None])[0]
+            return {"answer": "sat", "x": found.witness.flatten().tolist(), "y": y.tolist()}
+        if found.status == "open":
+            answer = "unknown"
+    return {"answer": answer}
+
+
+def told(result: dict[str, Any]) -> str:
+    """Return the answer, and below it the counterexample as one S-expression."""
+    if result["answer"] != "sat":
+        return str(result["answer"])
+    values = [f"({name}_{i} {v!r})" for name in "XY" for i, v in enumerate(result[name.lower()])]
+    return "sat\n(" + "\n ".join(values) + ")"

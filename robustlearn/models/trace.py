@@ -1,0 +1,507 @@
+"""Networks in normal form: affine maps between ReLU, tanh and sigmoid, recorded as they run.
+
+A module is run once, on one sample, and every operation that torch then carries out below its
+Python surface is looked up in one list: affine, or one of three activations, or a composition of
+these. What is not in the list raises, by name; nothing is taken to be affine on trust. Branches on
+values, conversions to other libraries and random numbers are refused too.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from robustlearn.errors import InputError
+
+aten = torch.ops.aten
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+# Selections, orders and means: linear, no offset, coefficients ≥ 0.
+MOVES = """view _unsafe_view reshape permute transpose t unsqueeze squeeze expand slice select
+alias clone detach cat stack index_select mean sum avg_pool1d avg_pool2d avg_pool3d
+_adaptive_avg_pool2d _adaptive_avg_pool3d constant_pad_nd reflection_pad1d reflection_pad2d
+replication_pad1d replication_pad2d repeat flip roll upsample_nearest2d im2col pixel_shuffle
+select_scatter slice_scatter""".split()
+# What each leading argument is to the value: a term is added, of the factors one may depend on x.
+ROLES = {
+    **dict.fromkeys(MOVES, ("term",)),
+    "select_scatter": ("term", "term"),
+    "slice_scatter": ("term", "term"),
+    "add": ("term", "term"),
+    "mul": ("factor", "factor"),
+    "div": ("factor", "divisor"),
+    "mm": ("factor", "factor"),
+    "mv": ("factor", "factor"),
+    "bmm": ("factor", "factor"),
+    "addmm": ("term", "factor", "factor"),
+    "baddbmm": ("term", "factor", "factor"),
+    "convolution": ("factor", "factor", "term"),
+}
+KNOWN = (
+    "linear layers, convolutions, batch normalisation in evaluation mode, average and max pooling, "
+    "reshapes, sums, and ReLU, leaky ReLU, PReLU, clamp, maximum, abs, tanh and sigmoid"
+)
+
+
+@dataclass(frozen=True)
+class Ref:
+    """The value of another node, as an argument."""
+
+    node: int
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """One operation on one sample.
+
+    ``kind`` is ``"input"``, ``"constant"``, ``"affine"`` or the name of an activation; ``parents``
+    are the arguments that depend on the input. The value of a node with a ``hull`` is the largest
+    of the values of those nodes.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    function: Callable[..., Any] = aten.alias
+    arguments: tuple[Any, ...] = ()
+    options: dict[str, Any] = field(default_factory=dict)
+    parents: tuple[int, ...] = ()
+    roles: tuple[str, ...] = ()
+    hull: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Affine:
+    """z = Σⱼ Wⱼ aⱼ + c of one sample: from the input and activations to one value.
+
+    ``pull`` is (n, *z) ↦ one (n, *aⱼ) for each source, the rows times Wⱼ; ``offset`` is c.
+    ``simple`` tells that interval arithmetic is exact: at most one operation adds up.
+    """
+
+    sources: tuple[int, ...]
+    pull: Callable[[Tensor], Sequence[Tensor]]
+    offset: Tensor
+    simple: bool
+
+
+class Network:
+    """A recorded network with its constants in one dtype.
+
+    Attributes
+    ----------
+    nodes : in the order of computation; ``output`` is the number of the last one.
+    activations : numbers of the nodes that are not affine; the input is node 0.
+    width : numbers in the largest value.
+    """
+
+    def __init__(self, nodes: list[Node], output: int, dtype: torch.dtype) -> None:
+        self.nodes, self.output, self.dtype = nodes, output, dtype
+        self.activations = [i for i, node in enumerate(nodes) if node.kind in ACTIVATIONS]
+        self.width = max(math.prod(n.shape) for n in nodes if n.kind != "constant")
+        self.bind()
+
+    def bind(self, live: bool = False) -> None:
+        """Compute all that depends on weights alone, anew; if ``live``, derivable by them."""
+        self.constants: dict[int, Tensor] = {}
+        with torch.set_grad_enabled(live):
+            for i, node in enumerate(self.nodes):
+                if node.kind == "constant":
+                    value = self._cast(self._value(node, self.constants))
+                    self.constants[i] = value if live else value.detach()
+            self.segments = {i: self._segment(self._before(i)) for i in self._targets()}
+
+    @property
+    def is_shallow(self) -> bool:
+        """Whether every activation sees the input through affine maps alone."""
+        return all(self.segments[i].sources == (0,) for i in self.activations)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the outputs (n, K) of points (n, *shape)."""
+        return torch.vmap(self._forward, randomness="error")(x[:, None]).squeeze(1)
+
+    def intervals(
+        self, low: Tensor, high: Tensor, known: dict[int, tuple[Tensor, Tensor]]
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        """Bound what enters each activation, and the output, by interval arithmetic.
+
+        Parameters
+        ----------
+        low, high : (n, 1, *shape) of the input.
+        known : bounds of the same kind that are to be intersected with.
+
+        Returns
+        -------
+        by number of the activation, and of the output, (n, 1, *) lower and upper bounds.
+        """
+        return dict(torch.vmap(self._intervals)(low, high, known))
+
+    def _targets(self) -> list[int]:
+        return [*self.activations, self.output]
+
+    def _before(self, i: int) -> int:
+        """Return the node whose bounds are asked for: what enters an activation, or the output."""
+        return self.nodes[i].parents[0] if i != self.output else i
+
+    def _forward(self, x: Tensor) -> Tensor:
+        values = {**self.constants, 0: x}
+        for i, node in enumerate(self.nodes):
+            if i not in values:
+                values[i] = self._value(node, values)
+        return values[self.output].reshape(1, -1)
+
+    def _intervals(self, low: Tensor, high: Tensor, known: Any) -> Any:
+        span = {0: (low, high)}
+        found = {}
+        for i, node in enumerate(self.nodes[1:], start=1):
+            if node.kind == "constant":
+                continue
+            if node.kind == "affine":
+                span[i] = self._spread(node, span)
+            else:
+                entering = span[node.parents[0]]
+                if i in known:
+                    entering = (
+                        torch.maximum(entering[0], known[i][0]),
+                        torch.minimum(entering[1], known[i][1]),
+                    )
+                found[i] = entering
+                low, high = (ACTIVATIONS[node.kind](side) for side in entering)
+                span[i] = (low, high)
+        return {**found, self.output: span[self.output]}
+
+    def _spread(self, node: Node, span: dict[int, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """f(centre) ± |f|(radius), |f| with the sizes of all factors and no constant terms."""
+        if node.hull:
+            (a, b), (c, d) = (span[j] for j in node.hull)
+            return torch.maximum(a, c), torch.maximum(b, d)
+        centre = {j: (span[j][0] + span[j][1]) / 2 for j in node.parents}
+        radius = {j: (span[j][1] - span[j][0]) / 2 for j in node.parents}
+        middle = self._value(node, {**self.constants, **centre})
+        reach = self._value(node, {**self.constants, **radius}, sizes=True)
+        return middle - reach, middle + reach
+
+    def _value(self, node: Node, values: dict[int, Tensor], sizes: bool = False) -> Any:
+        def filled(argument: Any, role: str | None) -> Any:
+            if isinstance(argument, list | tuple):
+                return [filled(part, role) for part in argument]
+            fixed = not isinstance(argument, Ref) or argument.node in self.constants
+            if isinstance(argument, Ref):
+                argument = values[argument.node]
+            number = isinstance(argument, Tensor | int | float)
+            if not (sizes and fixed and number and role):
+                return argument
+            return argument * 0 if role == "term" else abs(argument)
+
+        roles = node.roles + (None,) * len(node.arguments)
+        arguments = [filled(a, r) for a, r in zip(node.arguments, roles, strict=False)]
+        options = {key: filled(value, None) for key, value in node.options.items()}
+        if sizes and node.function is aten.constant_pad_nd:
+            arguments = arguments[:2]
+        return node.function(*arguments, **options)
+
+    def _cast(self, value: Any) -> Any:
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(self.dtype) if floating else value
+
+    def _segment(self, target: int) -> Affine:
+        order: list[int] = []
+        sources: set[int] = set()
+
+        def visit(i: int) -> None:
+            if self.nodes[i].kind != "affine":
+                sources.add(i)
+            elif i not in order:
+                for parent in self.nodes[i].parents:
+                    visit(parent)
+                order.append(i)
+
+        visit(target)
+        chosen = tuple(sorted(sources))
+
+        def function(*inputs: Tensor) -> Tensor:
+            values = {**self.constants, **dict(zip(chosen, inputs, strict=True))}
+            for i in order:
+                values[i] = self._value(self.nodes[i], values)
+            return values[target].clone()
+
+        zeros = [self._cast(torch.zeros(self.nodes[i].shape, device=self._device)) for i in chosen]
+        offset, pull = torch.func.vjp(function, *zeros)[:2]
+        adding = sum(self._adds_up(self.nodes[i]) for i in order)
+        return Affine(chosen, torch.vmap(pull), offset, len(chosen) == 1 and adding <= 1)
+
+    def _adds_up(self, node: Node) -> bool:
+        sums = ("mm", "mv", "bmm", "addmm", "baddbmm", "convolution", "mean", "sum")
+        name = node.function.__name__
+        return name in sums or "pool" in name or len(node.parents) > 1
+
+    @property
+    def _device(self) -> torch.device:
+        return next((v.device for v in self.constants.values()), torch.device("cpu"))
+
+
+def trace(
+    function: Callable[[Tensor], Tensor], example: Tensor, dtype: torch.dtype = torch.float64
+) -> Network:
+    """Record a network that computes on batches.
+
+    Parameters
+    ----------
+    function : a module in evaluation mode, or what calls one.
+    example : (n, *shape) in the dtype of the module; the first sample is run.
+    dtype : in which the recorded network computes; its weights are those of the module.
+
+    Raises
+    ------
+    InputError naming the first operation that is not known, and for a network whose path depends
+    on values, that is random, or whose output does not come from its input.
+
+    Examples
+    --------
+    >>> net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+    >>> network = trace(net, torch.zeros(1, 2))
+    >>> [network.nodes[i].kind for i in network.activations]
+    ['relu']
+    """
+    example = example[:1].detach().clone()
+    recorder = _Recorder(example)
+    try:
+        with torch.no_grad(), _NoEscape(), recorder:
+            output = torch.func.functionalize(function)(example)
+    except ValueError as error:  # batch norm in training mode has no variance over one sample
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{error}: one sample is looked at; call .eval() on the network"
+        ) from error
+    last = recorder.numbers.get(id(output)) if isinstance(output, Tensor) else None
+    if last is None or recorder.nodes[last].kind == "constant":
+        raise InputError(
+            "the output of the network does not depend on its input, as far as torch "
+            "can see: it cannot be bounded"
+        )
+    if recorder.nodes[last].kind != "affine":  # an output node of its own
+        node = recorder.nodes[last]
+        recorder.nodes.append(
+            Node("affine", node.shape, aten.alias, (Ref(last),), {}, (last,), ("term",))
+        )
+        last = len(recorder.nodes) - 1
+    return Network(recorder.nodes[: last + 1], last, dtype)
+
+
+class _NoEscape(TorchFunctionMode):
+    """Refuses what would take values out of torch's sight."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in ("numpy", "tolist", "__array__", "data_ptr", "item"):
+            raise _refusal(f"Tensor.{name}")
+        return func(*args, **(kwargs or {}))
+
+
+class _Recorder(TorchDispatchMode):
+    """Files every operation that depends on the input, or on weights alone, as a node."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and importing the compiler takes seconds
+
+    def __init__(self, example: Tensor) -> None:
+        super().__init__()
+        self.nodes = [Node("input", tuple(example.shape))]
+        self.numbers = {id(example): 0}
+        self.alive = [example]  # so that no two values share an id
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        options = kwargs or {}
+        name = func.overloadpacket.__name__
+        parents = self._parents((args, tuple(options.values())))
+        if not parents:
+            if torch.Tag.nondeterministic_seeded in func.tags:
+                raise _refusal(name, "it is random")
+            return self._file("constant", func, args, options, ())
+        if name in COMPOSED:
+            with self:
+                return COMPOSED[name](self, *args, **options)
+        if name in ACTIVATIONS:
+            return self._file(name, func, args, {}, parents)
+        if name == "_to_copy":
+            kind = options.get("dtype", torch.float32)
+            if kind not in (torch.float32, torch.float64):
+                raise _refusal(name, f"it casts to {kind}")
+            name, func, args, options = "alias", aten.alias.default, args[:1], {}
+        self._check(name, func, args, options)
+        return self._file("affine", func, args, options, parents, ROLES[name])
+
+    def _check(self, name: str, func: Any, args: Any, options: dict[str, Any]) -> None:
+        roles = ROLES.get(name)
+        if roles is None or "mode" in func._overloadname or self._parents((options,)):
+            raise _refusal(name)
+        if name in ("addmm", "baddbmm", "add") and options:  # alpha, beta: see COMPOSED
+            raise _refusal(name, f"with {', '.join(options)}")
+        depending = [
+            role
+            for role, argument in zip(roles, args, strict=False)
+            if role != "term" and self._parents((argument,))
+        ]
+        if len(depending) > 1 or "divisor" in depending or self._parents(args[len(roles) :]):
+            raise _refusal(name, "both of what it combines depend on the input")
+
+    def _parents(self, arguments: Any) -> tuple[int, ...]:
+        found: list[int] = []
+        for argument in arguments:
+            if isinstance(argument, list | tuple):
+                found += self._parents(argument)
+            elif isinstance(argument, Tensor) and id(argument) in self.numbers:
+                number = self.numbers[id(argument)]
+                found += [] if self.nodes[number].kind == "constant" else [number]
+        return tuple(dict.fromkeys(found))
+
+    def _file(
+        self,
+        kind: str,
+        func: Any,
+        args: Any,
+        options: dict[str, Any],
+        parents: tuple[int, ...],
+        roles: tuple[str, ...] = (),
+    ) -> Any:
+        output = func(*args, **options)
+        if not isinstance(output, Tensor):
+            if kind != "constant":
+                raise _refusal(func.overloadpacket.__name__, "it gives several values")
+            return output
+        if id(output) in self.numbers:  # an operation that returns its argument
+            return output
+        kept = {k: v for k, v in options.items() if k not in ("dtype", "layout", "pin_memory")}
+        arguments, named = self._refs(args), dict(zip(kept, self._refs(kept.values()), strict=True))
+        node = Node(
+            kind, tuple(output.shape), func.overloadpacket, arguments, named, parents, roles
+        )
+        self.numbers[id(output)] = len(self.nodes)
+        self.nodes.append(node)
+        self.alive.append(output)
+        return output
+
+    def _refs(self, arguments: Any) -> tuple[Any, ...]:
+        found: list[Any] = []
+        for argument in arguments:
+            if isinstance(argument, list | tuple):
+                found.append(list(self._refs(argument)))
+            elif isinstance(argument, Tensor) and id(argument) in self.numbers:
+                found.append(Ref(self.numbers[id(argument)]))
+            elif isinstance(argument, Tensor):
+                found.append(Ref(self._keep(argument)))
+            else:
+                found.append(argument)
+        return tuple(found)
+
+    def _keep(self, tensor: Tensor) -> int:
+        """File a weight, a buffer or another tensor that no operation made."""
+        self.numbers[id(tensor)] = len(self.nodes)
+        self.nodes.append(Node("constant", tuple(tensor.shape), lambda: tensor))
+        self.alive.append(tensor)
+        return len(self.nodes) - 1
+
+    def larger(self, a: Tensor, b: Any) -> Tensor:
+        """max(a, b) = b + ReLU(a − b), remembered as a maximum."""
+        result = b + torch.relu(a - b)
+        hull = [self.numbers.get(id(part)) for part in (a, b)]
+        number = self.numbers[id(result)]
+        node = self.nodes[number]
+        both = [j for j in hull if j is not None and self.nodes[j].kind != "constant"]
+        if len(both) == 2:
+            self.nodes[number] = Node(
+                node.kind, node.shape, node.function, node.arguments, node.options,
+                tuple(dict.fromkeys((*node.parents, *both))), node.roles, tuple(both),
+            )  # fmt: skip
+        return result
+
+
+def _refusal(name: str, why: str = "") -> InputError:
+    return InputError(
+        f"the network uses {name}{', and ' + why if why else ''}, which cannot be bounded here; "
+        f"known are {KNOWN}"
+    )
+
+
+def _batch_norm(
+    recorder: _Recorder, x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, *rest: Any
+) -> tuple[Any, ...]:
+    *_, training, _, eps = (None, *rest) if len(rest) == 3 else (None, False, *rest)
+    if training or mean is None:
+        raise _refusal("batch normalisation", "it depends on the batch: call .eval()")
+    scale = (var + eps).rsqrt()
+    scale = scale if weight is None else scale * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
+    shape = [1, -1, *[1] * (x.dim() - 2)]
+    return x * scale.reshape(shape) + shift.reshape(shape), scale.new_empty(0), scale.new_empty(0)
+
+
+def _max_pool(
+    recorder: _Recorder, x: Tensor, size: Any, stride: Any = (), padding: Any = 0,
+    dilation: Any = 1, ceil_mode: bool = False,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Maxima over windows; what lies in the padding is replaced by another pixel of the window."""
+    if ceil_mode:
+        raise _refusal("max_pool2d", "with ceil_mode")
+    height, width = x.shape[-2:]
+    pixels = torch.arange(1.0, height * width + 1, dtype=torch.float64).reshape(1, 1, height, width)
+    windows = functional.unfold(pixels, size, dilation, padding, stride or size)[0].long() - 1
+    windows = torch.where(windows < 0, windows.amax(0), windows)
+    shape = functional.max_pool2d(pixels, size, stride or None, padding, dilation).shape[-2:]
+    flat = x.reshape(*x.shape[:-2], height * width)
+    parts = [flat.index_select(-1, window) for window in windows.to(x.device)]
+    while len(parts) > 1:
+        pairs = zip(parts[::2], parts[1::2], strict=False)
+        odd = parts[-1:] if len(parts) % 2 else []
+        parts = [recorder.larger(a, b) for a, b in pairs] + odd
+    return parts[0].reshape(*x.shape[:-2], *shape), None
+
+
+def _clamped(recorder: _Recorder, x: Tensor, low: Any = None, high: Any = None) -> Tensor:
+    if low is not None and not (isinstance(low, int | float) and math.isinf(low)):
+        x = torch.relu(x - low) + low if not isinstance(low, int | float) or low else torch.relu(x)
+    if high is not None and not (isinstance(high, int | float) and math.isinf(high)):
+        x = high - torch.relu(high - x)
+    return x
+
+
+def _leaky(recorder: _Recorder, x: Tensor, slope: Any = 0.01) -> Tensor:
+    return x * slope + torch.relu(x) * (1 - slope)
+
+
+def _scaled_sum(recorder: _Recorder, a: Any, b: Any, alpha: float = 1) -> Any:
+    return a + (b if alpha == 1 else b * alpha)
+
+
+COMPOSED: dict[str, Callable[..., Any]] = {
+    "native_batch_norm": _batch_norm,
+    "cudnn_batch_norm": _batch_norm,
+    "_native_batch_norm_legit_no_training": _batch_norm,
+    "max_pool2d_with_indices": _max_pool,
+    "leaky_relu": _leaky,
+    "_prelu_kernel": _leaky,
+    "clamp": _clamped,
+    "clamp_min": _clamped,
+    "clamp_max": lambda recorder, x, high: _clamped(recorder, x, None, high),
+    "hardtanh": lambda recorder, x, low=-1.0, high=1.0: _clamped(recorder, x, low, high),
+    "maximum": lambda recorder, a, b: recorder.larger(a, b),
+    "minimum": lambda recorder, a, b: -recorder.larger(-a, -b),
+    "abs": lambda recorder, x: torch.relu(x) + torch.relu(-x),
+    "copy": lambda recorder, x, other, non_blocking=False: other.expand(x.shape),
+    "neg": lambda recorder, x: x * -1.0,
+    "sub": lambda recorder, a, b, alpha=1: a + b * -alpha,
+    "rsub": lambda recorder, x, other, alpha=1: x * -alpha + other,
+}
