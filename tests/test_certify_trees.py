@@ -147,6 +147,24 @@ def test_worst_margin_and_radius_are_those_of_enumeration(kind, classes, options
     assert (bound.certified <= certificate.certified).all()
 
 
+@pytest.mark.parametrize("method", ["trees", "leaves"])
+def test_a_tie_of_pure_trees_is_not_safe(method):
+    """Six votes, three against three: their sum rounds to more than 0, and argmax takes the first."""
+    rng = np.random.default_rng(9)
+    forest = ensemble.RandomForestClassifier(6, random_state=9)
+    forest.fit(rng.random((12, 2)), rng.integers(0, 2, 12))
+    model, x = rl.wrap(forest), rng.random((20, 2))
+    lost = np.empty(len(x))
+    for row, label in enumerate(forest.predict(x)):
+        points, distance = cells(model.trees, x[row], rl.LpBall(math.inf, 1))
+        lost[row] = distance[forest.predict(points.numpy()) != label].min()
+    found = rl.certify(
+        model, x, rl.LpBall(math.inf, torch.from_numpy(lost * (1 + 1e-9))), method=method
+    )
+    assert (found.radius <= lost).all()
+    assert not found.certified.any()
+
+
 @pytest.mark.parametrize(("p", "truth"), [(math.inf, 0.4), (2, 0.4 * 2**0.5), (1, 0.8), (0, 2)])
 def test_the_radius_where_no_leaf_is_far_but_both_together_are(p, truth):
     """Class 1 needs both features beyond 0.5; each stump is reached by moving one of them."""

@@ -15,6 +15,7 @@ from robustlearn.models import labels as labels_of
 from robustlearn.registry import Registry, parsed
 from robustlearn.threats import LpBall
 
+Rows = Tensor | np.ndarray
 CERTIFICATES = Registry("certificate")
 SECONDS = 1.0  # that a sample may take
 NETWORKS = "complete"  # tells why a model cannot be bounded, if nothing else applies
@@ -164,7 +165,53 @@ def euclidean(threat: LpBall, shape: tuple[int, ...]) -> float:
     return float(unit.max()) * count ** max(0.0, 0.5 - 1 / threat.p)
 
 
-def rows(tensor: Tensor) -> np.ndarray:
+def classified(
+    method: str,
+    right: Rows,
+    radius: Rows,
+    certified: Rows,
+    margin: Rows | None = None,
+    *,
+    exact: bool = False,
+    alpha: float = 0.0,
+) -> Certificate:
+    """State a classifier's certificate: where the prediction is wrong as it is, nothing is safe.
+
+    Parameters
+    ----------
+    right : (n,) bool, whether the class that must hold is predicted; radius, certified, margin :
+        (n,) what was proven, right or not.
+    """
+    right = rows(right)
+    return Certificate(
+        method,
+        exact=exact,
+        radius=np.where(right, rows(radius), 0.0),
+        certified=right & rows(certified),
+        margin=None if margin is None else rows(margin),
+        alpha=alpha,
+    )
+
+
+def interval(
+    method: str,
+    lower: Rows,
+    upper: Rows,
+    y: Tensor | None,
+    *,
+    exact: bool = False,
+    alpha: float = 0.0,
+) -> Certificate:
+    """State a regressor's certificate: l ≤ f(x + δ) ≤ u, with targets max(|u − y|, |l − y|)²."""
+    lower, upper = rows(lower), rows(upper)
+    loss = None
+    if y is not None:
+        target = rows(y)
+        loss = np.maximum(np.abs(upper - target), np.abs(lower - target)) ** 2
+    return Certificate(method, exact=exact, lower=lower, upper=upper, loss=loss, alpha=alpha)
+
+
+def rows(values: Rows) -> np.ndarray:
     """Return a result as a numpy array in float64 (or bool)."""
-    array = tensor.detach().cpu().numpy()
+    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
     return array if array.dtype == bool else array.astype(np.float64)

@@ -59,16 +59,17 @@ class Trees:
 
     @property
     def slack(self) -> float:
-        """Bound on what rounding in ``dtype`` does to any score: T·u·Σ_t max|value|, and base.
+        """Bound on how far two ways to add up a score are apart: in ``dtype``, and in float64.
 
-        Source: Higham (2002), section 4.2.
+        T·u·Σ_t max|value|, and base, for each of the two; u is half the distance of 1 to the
+        next number. Source: Higham (2002), section 4.2.
         """
         starts = np.flatnonzero(np.diff(self.tree, prepend=-1))
         largest = np.maximum.reduceat(np.abs(self.value), starts).sum(0) + np.abs(self.base)
         if len(starts) == 1 and not self.base.any():
             return 0.0
-        unit = float(np.finfo(self.dtype).eps)
-        return float(largest.max()) / self.divisor * unit * (len(starts) + 2) / 2
+        units = (np.finfo(self.dtype).eps + np.finfo(np.float64).eps) / 2
+        return float(largest.max() / self.divisor * units * (len(starts) + 4))
 
     def probes(self, n: int, d: int) -> Array:
         """Return points (n, d) on the cuts themselves, where ``<`` and ``≤`` part."""
