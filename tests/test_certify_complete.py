@@ -11,10 +11,10 @@ from sklearn.neural_network import MLPClassifier
 from torch import nn
 
 import robustlearn as rl
+from robustlearn.certify import certified_radius
 from robustlearn.certify.bounds import Deadline, crown_bounds
 from robustlearn.certify.complete import Property, decide, falsify
 from robustlearn.certify.milp import least
-from robustlearn.certify.networks import certified_radius
 from robustlearn.certify.relax import Region
 from robustlearn.models.trace import trace
 

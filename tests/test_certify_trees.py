@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -12,10 +14,12 @@ from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 from sklearn import ensemble, tree
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_wine
+from sklearn.linear_model import LogisticRegression
 
 import robustlearn as rl
 from robustlearn import _leaves, losses
 from robustlearn.attacks import tree_exact
+from robustlearn.certify import certified_radius
 from robustlearn.errors import InputError
 from robustlearn.models import EstimatorModel, TreeModel
 from robustlearn.models.trees import float32_cut, read
@@ -149,7 +153,7 @@ def test_worst_margin_and_radius_are_those_of_enumeration(kind, classes, options
 
 @pytest.mark.parametrize("method", ["trees", "leaves"])
 def test_a_tie_of_pure_trees_is_not_safe(method):
-    """Six votes, three against three: their sum rounds to more than 0, and argmax takes the first."""
+    """Six votes, three against three: the sum rounds to more than 0, argmax takes the first."""
     rng = np.random.default_rng(9)
     forest = ensemble.RandomForestClassifier(6, random_state=9)
     forest.fit(rng.random((12, 2)), rng.integers(0, 2, 12))
@@ -302,6 +306,39 @@ def test_the_search_agrees_with_milp_on_data(kind, p, eps):
         weight, offset = _leaves.gap(model.trees, int(y[number]), 1 - int(y[number]))
         least = least_by_milp(model.trees, weight, x[number], p, eps) + offset
         assert certificate.margin[row] == pytest.approx(least, abs=1e-6)
+
+
+# ---------------------------------------------------------------------- budgets
+
+
+@pytest.mark.parametrize("method", ["trees", "linear"])
+def test_the_certified_radius_by_bisection_is_that_of_the_method(method):
+    x, y = WINE
+    estimator = LogisticRegression() if method == "linear" else tree.DecisionTreeClassifier()
+    model, x = rl.wrap(estimator.fit(x[:, :3], y)), x[::20, :3]
+    threat = rl.LpBall(2, 0.5)
+    truth = rl.certify(model, x, threat, method=method).radius.clip(max=0.5)
+    found = certified_radius(model, x, threat, method=method, halvings=6)
+    assert (found <= truth).all()
+    assert (found >= truth * (1 - 2e-3) - 0.5 / 2**6).all()
+    with pytest.raises(InputError, match="certify bounds a regressor"):
+        certified_radius(small("DecisionTreeRegressor", 0, **FEW)[0], np.zeros((1, 3)), threat)
+
+
+def test_what_evaluate_proves_does_not_depend_on_a_clock(monkeypatch):
+    """One that is so slow that every search ends at its first look."""
+    model, x = small("RandomForestClassifier", 3, n_estimators=15, max_depth=4)
+    threat, ticks = rl.LpBall(math.inf, 0.1), itertools.count(0, 10)
+    whole = rl.certify(model, x.numpy(), threat)
+    slow = types.SimpleNamespace(monotonic=lambda: next(ticks))
+    for module in (_leaves, sys.modules["robustlearn.certify.trees"]):
+        monkeypatch.setattr(module, "time", slow)
+    assert not rl.certify(model, x.numpy(), threat).exact
+    budgeted = rl.certify(model, x.numpy(), threat, passes=1)
+    assert budgeted.exact
+    np.testing.assert_array_equal(budgeted.radius, whole.radius)
+    report = rl.evaluate(model, x.numpy(), model(x).argmax(1).numpy(), threat, attacks="quick")
+    assert report.certificate["exact"]
 
 
 # ---------------------------------------------------------------------- the bracket
