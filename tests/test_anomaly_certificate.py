@@ -74,3 +74,28 @@ def test_certified_is_at_most_attacked_and_the_radius_is_that_of_the_bound(detec
         within = rl.LpBall(2, torch.from_numpy(found.radius * factor), scale=threat.scale)
         kept = found.radius > 1e-4
         assert (rl.certify(detector, x, within).certified == expected)[kept].all()
+
+
+class Slope(torch.nn.Module):
+    """Accepts where Σx < 10⁸."""
+
+    def forward(self, x):
+        return 1e8 - x.sum(1, keepdim=True)
+
+    def enclosed(self, x, threat):
+        z, reach = self(x)[:, 0], threat.support(torch.ones_like(x), x)
+        return z - reach, z + reach
+
+
+def test_an_infinite_radius_is_one_of_the_whole_box():
+    """Proven up to about 10⁶, and the boundary at 7·10⁷, the radius was told infinite."""
+    model, x = rl.models.TorchModel(Slope(), task="classification"), np.zeros((1, 2))
+    for walls, low, high in (
+        ({}, 1e6, 1e8 / 2**0.5),
+        ({"upper": 1e9}, 1e6, 1e8 / 2**0.5),
+        ({"upper": 1e3}, 1e6, 1e8 / 2**0.5),
+        ({"lower": -1e3, "upper": 1e3}, math.inf, math.inf),
+        ({"mask": [False, False]}, math.inf, math.inf),
+    ):
+        radius = rl.certify(model, x, rl.LpBall(2, 1.0, **walls), method="enclosure").radius[0]
+        assert low <= radius <= high

@@ -9,7 +9,7 @@ from scipy import stats
 from torch import Tensor
 
 from robustlearn import _tensor
-from robustlearn.certify.base import CERTIFICATES, Certificate, euclidean
+from robustlearn.certify.base import CERTIFICATES, Certificate, classified, euclidean, interval
 from robustlearn.errors import InputError
 from robustlearn.models import Model
 from robustlearn.models.smoothed import Smoothed
@@ -126,8 +126,7 @@ def smoothing(
         share = _shares(model, x, chosen.cpu(), target, looks, alpha, largest, seed)
     quantile = np.where(share > 0.5, stats.norm.ppf(share), 0.0)
     radius = model.sigma * quantile / scale if scale else np.where(share > 0.5, np.inf, 0.0)
-    certified = (share > 0.5) & (share >= target)
-    return Certificate("smoothing", exact=False, radius=radius, certified=certified, alpha=alpha)
+    return classified("smoothing", share > 0.5, radius, share >= target, alpha=alpha)
 
 
 def _shares(
@@ -175,19 +174,22 @@ def _median(
     seed: int,
 ) -> Certificate:
     """Bound the median of a regressor by order statistics of n draws; α/2 on either side."""
-    low = stats.norm.cdf(-reach)
-    rank = stats.binom.ppf(alpha / 2, n, low).astype(int)  # P(fewer than `rank` below) ≤ α/2
     ends = []
-    for row, count in enumerate(rank):
+    for row, count in enumerate(_ranks(reach, n, alpha)):
         drawn = model.noisy(x[row : row + 1], _keys(x[row : row + 1], seed), 0, n)[0]
         ordered = drawn.double().sort().values.cpu().numpy()
         ends.append((ordered[count - 1], ordered[n - count]) if count else (-np.inf, np.inf))
     lower, upper = np.array(ends).T
-    loss = None
-    if y is not None:
-        target = y.detach().cpu().double().numpy()
-        loss = np.maximum(np.abs(lower - target), np.abs(upper - target)) ** 2
-    return Certificate("smoothing", exact=False, lower=lower, upper=upper, loss=loss, alpha=alpha)
+    return interval("smoothing", lower, upper, y, alpha=alpha)
+
+
+def _ranks(reach: np.ndarray, n: int, alpha: float) -> np.ndarray:
+    """Return the largest k with P(fewer than k of n draws lie below Φ(−reach)) ≤ α/2; 0 for none.
+
+    The k-th least draw is then below that quantile, and the k-th largest above Φ(reach), but
+    for α.
+    """
+    return stats.binom.ppf(alpha / 2, n, stats.norm.cdf(-reach)).astype(int)
 
 
 def _votes(outputs: Tensor) -> Tensor:
