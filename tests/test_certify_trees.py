@@ -398,6 +398,33 @@ def test_zero_that_stands_for_a_missing_value_is_refused():
     assert read(made("LGBMClassifier", n_estimators=2, zero_as_missing=True).fit(x, y)) is None
 
 
+@pytest.mark.parametrize("objective", ["count:poisson", "reg:gamma", "reg:logistic"])
+def test_a_function_of_the_sum_is_refused_without_a_complaint(objective):
+    """Warnings are errors here: the leaves did reproduce what they add up to."""
+    x, y = CANCER
+    estimator = made("XGBRegressor", n_estimators=2, objective=objective).fit(x, y + 0.1 * (y < 1))
+    assert type(rl.wrap(estimator)) is EstimatorModel
+    poisson = made("LGBMRegressor", n_estimators=2, objective="poisson").fit(x, y)
+    assert type(rl.wrap(poisson)) is EstimatorModel
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"missing": None}, "set_params"), ({"objective": "binary:logitraw"}, "wrap the labels")],
+)
+def test_what_xgboost_itself_cannot_predict_is_refused_by_name(options, message):
+    estimator = made("XGBClassifier", n_estimators=2, **options).fit(*CANCER)
+    with pytest.raises(InputError, match=message):
+        rl.wrap(estimator)
+
+
+def test_a_threat_that_is_less_than_its_ball_is_bounded_not_exact():
+    model, x = small("RandomForestClassifier", 2, n_estimators=5, **FEW)
+    threat = rl.Tabular(math.inf, 0.3, integer=[True, False, False])
+    found = rl.certify(model, x.round().numpy(), threat, method="trees")
+    assert not found.exact
+
+
 def test_rounding_of_the_sums_is_left_room_for():
     """Sums in float32 differ from those in real numbers by less than is left."""
     x, y = DIABETES
