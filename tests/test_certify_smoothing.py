@@ -12,7 +12,7 @@ from torch import nn
 
 import robustlearn as rl
 from robustlearn import _tensor
-from robustlearn.certify.smoothing import LOOKS, _errors, _median, _ranks, clopper_pearson, predict
+from robustlearn.certify.smoothing import LOOKS, _errors, _median, _ranks, clopper_pearson
 from robustlearn.certify.smoothing import smoothing as certify_smoothed
 from robustlearn.errors import InputError
 from robustlearn.models import Smoothed
@@ -126,7 +126,7 @@ def test_looks_in_stages_certify_as_many_with_fewer_votes():
 def test_predict_abstains_near_a_tie_and_is_right_elsewhere():
     model, x, distance = half_plane()
     smoothed = Smoothed(model, 0.5)
-    found = predict(smoothed, x, 500)
+    found = smoothed.predict(x, 500)
     told = found != -1
     assert bool((found[told] == model(x).argmax(1)[told]).all())
     assert bool(told[torch.from_numpy(distance > 0.3)].all())
