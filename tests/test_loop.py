@@ -406,7 +406,9 @@ def test_patience_begins_once_the_game_has_settled():
     """While the adversary still grows, figures fall without anything being amiss."""
     figures = iter([0.9, 0.6, 0.4, 0.3, 0.5, 0.2])
     given = {"epochs": 6, "batch_size": 8, "patience": 2}
-    history = play(Plain(), samples(), validate=lambda m: {"a": next(figures)}, settled=3, **given)
+    game = Plain()
+    game.settled = 3
+    history = play(game, samples(), validate=lambda m: {"a": next(figures)}, **given)
     assert (history.best, history.stopped, len(history.rows)) == (0, "patience", 5)
 
 

@@ -128,7 +128,7 @@ def certify(
         found = CERTIFICATES[name].function(*given)
     elif names := applicable(model, threat, points):
         entry = CERTIFICATES[names[0]]
-        if passes is not None and "within" in entry.facts:
+        if passes is not None and "within" in entry.facts and "seconds" not in options:
             return entry.facts["within"](*given[:4], passes)
         found = entry.function(*given)
     else:

@@ -264,6 +264,7 @@ class _Evaluation:
             return None, about | {"reason": f"no certificate applies: {error}"}
         finally:
             self.harness.progress("certificate", len(self.x), len(self.x))
+        certificate = self.harness.shares.told(certificate)  # by the clock each may have another
         return certificate, about | {"method": certificate.method, "exact": certificate.exact}
 
     def _witnessed(self, certificate: Certificate) -> list[AttackRun]:

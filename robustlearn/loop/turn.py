@@ -27,7 +27,8 @@ class Game(Protocol):
 
     ``step(batch, turn)`` computes losses through ``turn.module(name)``, calls ``turn.backward`` and
     ``turn.update``, and returns metrics per sample, (n,) each. A game that remembers more than
-    its modules and optimisers do is `Remembering` too.
+    its modules and optimisers do is `Remembering` too; one that changes as it is played may say
+    by ``settled: int`` in how many epochs it does: patience begins after them.
     """
 
     modules: dict[str, nn.Module]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from robustlearn.errors import InputError
 from robustlearn.evaluate import Report, evaluate, plan
+from robustlearn.evaluate.sharing import Shares
 from robustlearn.loop import History, Moment, play
 from robustlearn.models import TorchModel
 from robustlearn.registry import NOT_NEGATIVE, POSITIVE, check_options
@@ -20,7 +21,7 @@ from robustlearn.report import write_training
 from robustlearn.threats import LpBall
 from robustlearn.train.game import ROLLED_BACK_TO, RobustGame
 from robustlearn.train.givens import check_threat, fingerprint, givens, judged, network_of, share
-from robustlearn.train.memory import memory_of, moves_in_steps
+from robustlearn.train.memory import memory_of, moves_in_steps, unchanging
 from robustlearn.train.objectives import OBJECTIVES, Criterion, options_of
 from robustlearn.train.validation import Standing, validate
 
@@ -95,7 +96,7 @@ def fit(
     weight_decay: float = 0.0,
     schedule: str = "one_cycle",
     ramp: float = 0.5,
-    memory: bool | str | Path = True,
+    memory: bool | str | Path | None = None,
     awp: float = 0.0,
     criterion: Criterion | str | None = None,
     on_overfitting: str = "warn",
@@ -130,9 +131,10 @@ def fit(
     ramp : share of the steps during which ε grows to its full size; without it training at a
         large ε may stay at chance.
     memory : whether each sample's perturbation of the epoch before is where the next ascent
-        starts; the name of a file keeps them on disk, for one process. Not with augmentation,
-        nor where features move in whole steps, which would round the next step away;
-        and for regressors an ascent always starts at x, where the sign of the error is right.
+        starts; the name of a file keeps them on disk, for one process. By default where samples
+        look the same in every epoch. Not where features move in whole steps, which would round
+        the next step away; for regressors an ascent starts at x, where the sign of the error is
+        right.
     awp : γ of the adversarial weight perturbation; 0 for none.
     criterion : ``"cross_entropy"``, ``"squared"``, ``"huber"`` or a `Criterion`; by default the
         first for whole labels and the second for others; of a network with one output labels in a
@@ -171,12 +173,13 @@ def fit(
     check_threat(threat, name, validated=validation is not None)
     given = givens(net, train, validation, test, threat, criterion, seed)
     samples, judge = given.samples, given.criterion
-    starts = bool(memory) and judge.classifies and not moves_in_steps(threat)
+    starts = memory is not False and judge.classifies and not moves_in_steps(threat)
+    starts = starts and (memory is not None or unchanging(samples))
     if objective is None:
         objective = KEPT if starts else FRESH
         name, chosen = options_of(objective)
     kept = starts and OBJECTIVES[name].facts["keeps"]
-    file = None if isinstance(memory, bool) else Path(memory)
+    file = None if isinstance(memory, bool | None) else Path(memory)
     if OBJECTIVES[name].facts["replays"] > 1 and options.get("accumulate", 1) > 1:
         raise InputError(f"{name} steps after each replay, and cannot accumulate: accumulate=1")
     game = RobustGame(
@@ -190,6 +193,7 @@ def fit(
         memory=memory_of(samples, file, resume=bool(options.get("resume"))) if kept else None,
         awp=awp,
         guarded=on_overfitting == "rollback",
+        settled=math.ceil(ramp * epochs),
     )
     watch = None if given.choosing is None else _Watch(game, *given.choosing, seed)
     size = batch_size or samples.batch_size or 64
@@ -220,7 +224,6 @@ def fit(
         schedule=schedule,
         validate=watch,
         figure=None if watch is None else FIGURE,
-        settled=math.ceil(ramp * epochs),
         out=out,
         progress=progress,
         settings=settings,
@@ -251,7 +254,7 @@ class _Watch:
         device = next(net.parameters()).device
         x, y = self.x.to(device), self.y.to(device)
         model = judged(net, self.game.criterion)
-        found = validate(model, x, y, self.game.threat, seed=self.seed)
+        found = Shares().told(validate(model, x, y, self.game.threat, seed=self.seed))
         if self.game.grown and found.overfitted(self.game.best):  # before, the full ε is new to it
             found = self._overfitted(found)
         best = self.game.best
