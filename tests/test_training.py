@@ -269,6 +269,29 @@ def test_an_interrupted_training_ends_with_equal_weights(digits, tmp_path, optio
         fit(again, data, BALL, out=tmp_path / "parts", resume=True, **{**given, "awp": 0.3})
 
 
+class Noting(nn.Module):
+    """A network that notes whether it is trained, and in which type it computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.seen = network(), set()
+
+    def forward(self, x):
+        output = self.net(x)
+        self.seen.add((self.training, output.dtype))
+        return output
+
+
+@pytest.mark.parametrize("objective", ["pgd_at:steps=2", "trades:steps=1", "mart:steps=1"])
+def test_points_may_be_sought_in_another_precision_than_weights_are_trained(few, objective):
+    net = Noting()
+    fit(net, few, BALL, objective=objective, crafting="bf16", **QUICK)
+    assert {(True, torch.float32), (False, torch.bfloat16)} <= net.seen
+    assert (True, torch.bfloat16) not in net.seen
+    with pytest.raises(rl.InputError, match="crafting is one of"):
+        fit(net, few, BALL, crafting="fp8", **QUICK)
+
+
 class Shifted(torch.utils.data.Dataset):
     """Digits that are moved to and fro by a draw of their own."""
 

@@ -280,6 +280,9 @@ def train(
     awp: Annotated[float, typer.Option(help="γ of adversarial weight perturbation.")] = 0.0,
     ema: Annotated[float | None, typer.Option(help="Decay of a running mean of weights.")] = None,
     precision: Annotated[str, typer.Option(help="float32, bf16 or fp16.")] = "float32",
+    crafting: Annotated[
+        str | None, typer.Option(help="That in which points are sought; if not said, the same.")
+    ] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
     channels_last: Annotated[
         bool, typer.Option("--channels-last", help="Channels innermost, for convolutions.")
@@ -346,6 +349,7 @@ def train(
             memory=memory_file or memory,
             criterion=training.criterion(criterion, smoothing, class_weights, samples.y),
             awp=awp,
+            crafting=crafting,
             on_overfitting=on_overfitting,
             seed=seed,
             out=out,

@@ -34,6 +34,7 @@ class RobustGame:
     best : what held-out samples said of the best epoch so far, and ``good`` its weights.
     awp : γ of the adversarial weight perturbation, once the ramp has ended; 0 for none.
     settled : the epochs in which ε grows, or up to a rollback: patience counts those after them.
+    crafting : precision in which points are sought, as ``"bf16"``; None for that of the loop.
     grown : whether ε had its full size in the last step, which was of ``epoch``.
     rolled_back : the epoch after which the best weights were returned to; None if they were not.
     """
@@ -52,6 +53,7 @@ class RobustGame:
     good: dict[str, Tensor] = field(default_factory=dict)
     rolled_back: int | None = None
     settled: int = 0
+    crafting: str | None = None
     grown: bool = False
     epoch: int = 0
 
@@ -64,6 +66,7 @@ class RobustGame:
             start=None if self.memory is None else self.memory.get(batch.index, batch.x),
             module=turn.unwrapped("model"),
             autocast=turn.autocast,
+            climbing=functools.partial(turn.autocast, self.crafting),
         )
         replays = int(OBJECTIVES[self.objective].facts["replays"])
         for _ in range(replays):

@@ -34,6 +34,7 @@ PLAYED = {  # options of the loop that the weights depend on, and their defaults
 }
 FIGURE = "robust"  # what decides which epoch is the best
 KEPT, FRESH = "pgd_at:steps=1:step_size=0.5", "pgd_at:steps=2"  # see `fit`
+CRAFTING = (None, "float32", "bf16")
 ON_OVERFITTING = ("warn", "rollback")
 
 
@@ -98,6 +99,7 @@ def fit(
     ramp: float = 0.5,
     memory: bool | str | Path | None = None,
     awp: float = 0.0,
+    crafting: str | None = None,
     criterion: Criterion | str | None = None,
     on_overfitting: str = "warn",
     seed: int = 0,
@@ -136,6 +138,8 @@ def fit(
         the next step away; for regressors an ascent starts at x, where the sign of the error is
         right.
     awp : γ of the adversarial weight perturbation; 0 for none.
+    crafting : ``"bf16"`` or ``"float32"``, the precision in which points are sought; the pass that
+        trains the weights keeps ``precision``, which is meant by default.
     criterion : ``"cross_entropy"``, ``"squared"``, ``"huber"`` or a `Criterion`; by default the
         first for whole labels and the second for others; of a network with one output labels in a
         floating type are targets, but for 0 and 1.
@@ -166,6 +170,8 @@ def fit(
     numbers = {"lr": lr, "weight_decay": weight_decay, "awp": awp}
     check_options("fit", numbers, dict.fromkeys(numbers, NOT_NEGATIVE) | {"lr": POSITIVE})
     _check_rollback(on_overfitting, validation, options.get("ema"))
+    if crafting not in CRAFTING:
+        raise InputError(f"crafting is one of None, 'float32' and 'bf16'; got {crafting!r}")
     if attacks is not None:
         plan(attacks)  # what it names wrongly is to be told now, not after training
     net = network_of(net)
@@ -194,6 +200,7 @@ def fit(
         awp=awp,
         guarded=on_overfitting == "rollback",
         settled=math.ceil(ramp * epochs),
+        crafting=crafting,
     )
     watch = None if given.choosing is None else _Watch(game, *given.choosing, seed)
     size = batch_size or samples.batch_size or 64
@@ -210,6 +217,7 @@ def fit(
         "ramp": ramp,
         "memory": game.memory is not None,
         "awp": awp,
+        "crafting": crafting,
         **_told_of(judge),
         "on_overfitting": on_overfitting,
         "validation": fingerprint(given.choosing),
