@@ -385,6 +385,13 @@ def test_the_command_writes_weights_and_reports(module, tmp_path, capsys):
     assert run(command(module, out, "--attacks", "none", "--resume")) == 0
 
 
+def test_progress_is_told_from_python_too(few, capsys):
+    fit(network(), few, BALL, progress=True, **{**QUICK, "epochs": 2})
+    assert re.search(r"epoch 1: loss [.\d]+.*\nepoch 2: loss", capsys.readouterr().err)
+    fit(network(), few, BALL, **QUICK)
+    assert not capsys.readouterr().err
+
+
 def test_the_command_takes_data_to_choose_by_to_judge_by_and_to_mix_in(module, tmp_path, capsys):
     x, y = load_digits(return_X_y=True)
     x = (x / 16).astype(np.float32).reshape(-1, 1, 8, 8)

@@ -158,26 +158,25 @@ def evaluate(
     columns = samples.feature_names
     threat = inputs.threat(norm, eps, lower, upper, features=features, columns=columns)
     state = None if out is None else inputs.state(out, resume)
-    with screen.progress(show=not (quiet or as_json)) as progress:
-        report = evaluate(
-            wrapped,
-            samples.x,
-            samples.y,
-            threat,
-            attacks=attacks,
-            certify=certify,
-            budget=budget,
-            nearest=nearest,
-            seed=seed,
-            batch_size=batch_size,
-            device=device,
-            progress=progress,
-            resume=state,
-            data=samples.name,
-            classes=samples.class_names,
-            feature_names=samples.feature_names,
-            indices=indices,
-        )
+    report = evaluate(
+        wrapped,
+        samples.x,
+        samples.y,
+        threat,
+        attacks=attacks,
+        certify=certify,
+        budget=budget,
+        nearest=nearest,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+        progress=not (quiet or as_json),
+        resume=state,
+        data=samples.name,
+        classes=samples.class_names,
+        feature_names=samples.feature_names,
+        indices=indices,
+    )
     if out is not None:
         save([report], out, command=_command())
     if as_json and first():
@@ -331,43 +330,42 @@ def train(
     columns = samples.feature_names
     another = functools.partial(training.another, like=samples, target=target)
     threat = inputs.threat(norm, eps, lower, upper, features=features, columns=columns)
-    with training.watched(epochs, show=not (quiet or as_json)) as progress:
-        result = fit(
-            network,
-            training.mixed(samples, another(extra, part="train"), extra_share),
-            threat,
-            objective=objective,
-            validation=training.share(validation) or another(validation),
-            test=another(test),
-            epochs=epochs,
-            batch_size=batch_size,
-            optimizer=optimizer,
-            lr=lr,
-            weight_decay=weight_decay,
-            schedule=schedule,
-            ramp=ramp,
-            memory=memory_file or memory,
-            criterion=training.criterion(criterion, smoothing, class_weights, samples.y),
-            awp=awp,
-            crafting=crafting,
-            on_overfitting=on_overfitting,
-            seed=seed,
-            out=out,
-            attacks=None if attacks == "none" else attacks,
-            progress=progress,
-            ema=ema,
-            precision=precision,
-            compile=compile,
-            channels_last=channels_last,
-            pin_memory=pin_memory,
-            shard=shard,
-            accumulate=accumulate,
-            clip=clip,
-            patience=patience,
-            on_nonfinite=on_nonfinite,
-            trackers=tracker or (),
-            resume=resume,
-        )
+    result = fit(
+        network,
+        training.mixed(samples, another(extra, part="train"), extra_share),
+        threat,
+        objective=objective,
+        validation=training.share(validation) or another(validation),
+        test=another(test),
+        epochs=epochs,
+        batch_size=batch_size,
+        optimizer=optimizer,
+        lr=lr,
+        weight_decay=weight_decay,
+        schedule=schedule,
+        ramp=ramp,
+        memory=memory_file or memory,
+        criterion=training.criterion(criterion, smoothing, class_weights, samples.y),
+        awp=awp,
+        crafting=crafting,
+        on_overfitting=on_overfitting,
+        seed=seed,
+        out=out,
+        attacks=None if attacks == "none" else attacks,
+        progress=not (quiet or as_json),
+        ema=ema,
+        precision=precision,
+        compile=compile,
+        channels_last=channels_last,
+        pin_memory=pin_memory,
+        shard=shard,
+        accumulate=accumulate,
+        clip=clip,
+        patience=patience,
+        on_nonfinite=on_nonfinite,
+        trackers=tracker or (),
+        resume=resume,
+    )
     if not result.history.first:
         return
     if as_json:
@@ -465,14 +463,15 @@ def plant(
     allow_pickle: Pickle = False,
 ) -> None:
     """Plant adversarial examples, and count how many of them an attack finds."""
-    from robustlearn.cli import inputs, screen
+    from robustlearn._progress import stages
+    from robustlearn.cli import inputs
     from robustlearn.cli import unit_test as testing
 
     samples, _ = inputs.samples(data, target, limit, seed)
     wrapped = inputs.model(model, task=None, allow_pickle=allow_pickle)
     columns = samples.feature_names
     threat = inputs.threat(norm, eps, lower, upper, features=features, columns=columns)
-    with screen.progress(show=not (quiet or as_json)) as progress:
+    with stages(not (quiet or as_json)) as progress:
         result = testing.tested(
             wrapped,
             samples,
@@ -577,11 +576,12 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Train two classifiers of digits, attack and certify them, and write a report."""
+    from robustlearn._progress import stages
     from robustlearn.cli import screen
     from robustlearn.cli.demo import demonstrate
     from robustlearn.evaluate import document, save
 
-    with screen.progress(show=not (quiet or as_json)) as progress:
+    with stages(not (quiet or as_json)) as progress:
         reports = demonstrate(eps=eps, seed=seed, limit=limit, device=device, progress=progress)
     save(reports, out, command=_command())
     if as_json:

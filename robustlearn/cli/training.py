@@ -1,8 +1,5 @@
-"""What `robustlearn train` does beside `robustlearn.fit`: the network, and a bar to watch."""
+"""What `robustlearn train` does beside `robustlearn.fit`: its network, data and loss."""
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +9,13 @@ from rich.console import Console
 from rich.text import Text
 from torch import nn
 
-from robustlearn.cli.screen import bars
 from robustlearn.data import Dataset, load
 from robustlearn.errors import InputError
-from robustlearn.loop import Moment, Samples
+from robustlearn.loop import Samples
 from robustlearn.models import Model, TorchModel
 from robustlearn.train import Criterion, TrainingResult
 
 Pair = tuple[np.ndarray, np.ndarray]
-RECENT = 50  # steps between two looks at the metrics, which wait for the device
 
 
 def network(model: Model) -> nn.Module:
@@ -88,48 +83,6 @@ def _weight(text: str) -> float:
             f"--class-weights is one number a class, as 1,9, or balanced; got {text!r}"
         )
     return found
-
-
-@contextlib.contextmanager
-def watched(epochs: int, *, show: bool) -> Iterator[Callable[[Moment], None] | None]:
-    """Yield what is told of each step: a bar with the time left, or a line an epoch."""
-    if not show:
-        yield None
-    elif sys.stderr.isatty():
-        with bars() as shown:
-            yield _Bar(shown, epochs)
-    else:
-        yield _line
-
-
-class _Bar:
-    """One bar over all steps."""
-
-    def __init__(self, shown: Any, epochs: int) -> None:
-        self.shown, self.epochs = shown, epochs
-        self.task = shown.add_task("training", total=None)
-        self.held_out = ""
-
-    def __call__(self, moment: Moment) -> None:
-        done = moment.epoch * moment.steps + moment.step
-        text: dict[str, Any] = {}
-        if moment.validation:
-            self.held_out = f"; held out {_told(moment.validation)}"
-        if moment.step % RECENT == 0 or moment.validation is not None:
-            said = _told(moment.means()) + self.held_out
-            text["description"] = f"epoch {moment.epoch + 1}/{self.epochs}: {said}"
-        self.shown.update(self.task, completed=done, total=self.epochs * moment.steps, **text)
-
-
-def _line(moment: Moment) -> None:
-    if moment.validation is not None:
-        held_out = f"; held out {_told(moment.validation)}" if moment.validation else ""
-        sys.stderr.write(f"epoch {moment.epoch + 1}: {_told(moment.means())}{held_out}\n")
-        sys.stderr.flush()
-
-
-def _told(figures: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:.3g}" for name, value in figures.items())
 
 
 def show(result: TrainingResult, out: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from robustlearn.errors import InputError
 from robustlearn.evaluate import Report, evaluate, plan
-from robustlearn.evaluate.sharing import Shares
+from robustlearn.evaluate.sharing import Shares, first
 from robustlearn.loop import History, Moment, play
 from robustlearn.models import TorchModel
 from robustlearn.registry import NOT_NEGATIVE, POSITIVE, check_options
@@ -24,6 +24,7 @@ from robustlearn.train.givens import check_threat, fingerprint, givens, judged, 
 from robustlearn.train.memory import memory_of, moves_in_steps, unchanging
 from robustlearn.train.objectives import OBJECTIVES, Criterion, options_of
 from robustlearn.train.validation import Standing, validate
+from robustlearn.train.watching import watched
 
 PLAYED = {  # options of the loop that the weights depend on, and their defaults
     name: inspect.signature(play).parameters[name].default
@@ -105,7 +106,7 @@ def fit(
     seed: int = 0,
     out: str | Path | None = None,
     attacks: str | None = "standard",
-    progress: Callable[[Moment], None] | None = None,
+    progress: Callable[[Moment], None] | bool | None = None,
     **options: Any,
 ) -> TrainingResult:
     """min over weights of the mean over samples of max over the threat of a loss.
@@ -130,6 +131,8 @@ def fit(
     optimizer : ``"adamw"``, ``"sgd"`` (Nesterov, momentum 0.9), or ``parameters -> Optimizer``.
     schedule, seed, out, **options : as for `robustlearn.loop.play` (resume, patience, precision,
         compile, ema, clip, accumulate, trackers, on_nonfinite, save_every).
+    progress : True for a bar with the time left, losses and figures held out (lines where there is
+        no terminal), or what is called with a `loop.Moment` after each step.
     ramp : share of the steps during which ε grows to its full size; without it training at a
         large ε may stay at chance.
     memory : whether each sample's perturbation of the epoch before is where the next ascent
@@ -223,20 +226,21 @@ def fit(
         "validation": fingerprint(given.choosing),
         **{key: options.get(key, default) for key, default in PLAYED.items()},
     }
-    history = play(
-        game,
-        samples,
-        epochs=epochs,
-        batch_size=size,
-        seed=seed,
-        schedule=schedule,
-        validate=watch,
-        figure=None if watch is None else FIGURE,
-        out=out,
-        progress=progress,
-        settings=settings,
-        **options,
-    )
+    with watched(epochs, progress if first() else None) as told:
+        history = play(
+            game,
+            samples,
+            epochs=epochs,
+            batch_size=size,
+            seed=seed,
+            schedule=schedule,
+            validate=watch,
+            figure=None if watch is None else FIGURE,
+            out=out,
+            progress=told,
+            settings=settings,
+            **options,
+        )
     if game.rolled_back is not None:
         settings["rolled_back"] = {"after_epoch": game.rolled_back, "to": ROLLED_BACK_TO}
     net.load_state_dict(history.weights["model"])
