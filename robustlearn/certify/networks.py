@@ -27,6 +27,7 @@ TOGETHER = 16  # samples that are bounded at once
 LOOKS = 4  # members of a threat at which the model is compared with what was recorded of it
 ROOM = 10  # times the largest difference, which a margin must exceed
 BOTH = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)  # of a regressor's prediction
+DOUBLE = 3  # passes in float32 that one in float64 costs
 AGREES = 1e-3  # largest difference, in units of the outputs, that rounding explains
 
 
@@ -43,14 +44,14 @@ def _bounded(model: Model, threat: LpBall, x: Tensor) -> bool:
 
 
 def _effort(network: Network) -> float:
-    """About how many passes of a sample the backward passes of CROWN cost."""
+    """About how many passes of a sample in float32 the backward passes of CROWN cost."""
     total, cost = 0, 0
     for i, node in enumerate(network.nodes):
         if node.kind != "constant":
             total += math.prod(node.shape)
         if i in network.activations and network.segments[i].sources != (0,):
             cost += math.prod(node.shape) * total
-    return cost / total
+    return DOUBLE * cost / total
 
 
 def _within(model: Model, x: Tensor, threat: LpBall, y: Tensor | None, passes: int) -> Certificate:
