@@ -30,7 +30,7 @@ class Certificate:
     ----------
     method : name of the method in `CERTIFICATES`.
     exact : whether the bounds are attained: True for linear models, where ``radius`` is *the*
-        distance to the decision boundary.
+        distance to the decision boundary, less some for rounding.
     radius : classifier: no point of the threat's norm, box, mask and scale at a smaller distance
         changes the prediction (with y: makes it differ from y; 0 where it does already);
         infinite where none in the box does. None for a regressor.

@@ -72,7 +72,7 @@ def trees(
     ------
     InputError for a model whose trees are not known.
     """
-    return _Worst(model, x, threat, "trees", boxes, seconds).certificate(y)
+    return _Worst(model, x, threat, boxes, seconds).certificate(y)
 
 
 @CERTIFICATES.register("leaves", applies=_applies, auto=False)
@@ -83,19 +83,18 @@ def leaves(
 
     Thousands of samples a second. Parameters as for `trees`.
     """
-    return _Worst(model, x, threat, "leaves", 0, seconds).certificate(y)
+    return trees(model, x, threat, y, seconds, boxes=0)
 
 
 class _Worst:
     """Bounds and searches for all samples of one threat."""
 
-    def __init__(
-        self, model: Model, x: Tensor, threat: LpBall, name: str, boxes: int, seconds: float
-    ) -> None:
+    def __init__(self, model: Model, x: Tensor, threat: LpBall, boxes: int, seconds: float) -> None:
         if model.trees is None:
             raise InputError(f"the trees of {model.name} are not known")
         self.trees: Trees = model.trees
-        self.model, self.name, self.boxes, self.seconds = model, name, boxes, seconds
+        self.model, self.boxes, self.seconds = model, boxes, seconds
+        self.name = "trees" if boxes else "leaves"
         self.x = flat(x.detach().cpu().double()).numpy()
         self.space = Space.of(threat, self.x)
         self.far = distances(self.trees, self.space)
