@@ -8,6 +8,7 @@ import torch
 
 import robustlearn as rl
 from robustlearn.anomaly import HardNegativeDetector, MeanNeighborDetector
+from robustlearn.anomaly.neighbors import Reference
 
 
 def rows(count, seed):
@@ -74,3 +75,31 @@ def test_certified_is_at_most_attacked_and_the_radius_is_that_of_the_bound(detec
         within = rl.LpBall(2, torch.from_numpy(found.radius * factor), scale=threat.scale)
         kept = found.radius > 1e-4
         assert (rl.certify(detector, x, within).certified == expected)[kept].all()
+
+
+@pytest.mark.parametrize("places", [(0.0, 0.0), (1e8, 1e8), (-1e8, 1e8)])
+def test_distances_far_from_the_origin_are_those_of_differences(places):
+    """There products of matrices, by which many features are searched, have lost all digits."""
+    random = np.random.default_rng(0)
+    x, new = (
+        np.concatenate([place + random.normal(size=(count, 20)) for place in places])
+        for count in (100, 20)
+    )
+    detector = MeanNeighborDetector(scaling="none").fit(x)
+    threat = rl.LpBall(2, 0.5)
+    apart = np.sort(np.linalg.norm(new[:, None] - x, axis=2))[:, :5].mean(1)
+    np.testing.assert_allclose(detector.anomaly_score(new), apart, rtol=1e-12)
+    low, high = detector.score_.enclosed(torch.from_numpy(new), threat)
+    assert (low.numpy() <= apart - 0.49).all()
+    assert (apart + 0.49 <= high.numpy()).all()
+
+
+def test_few_rows_are_searched_twice():
+    """Of ordinary data none, also where many distances tie: else the search is no faster."""
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(500, 20)))
+    for points in (x, (x > 0).double(), x.float()):
+        reference = Reference(points)
+        apart = reference.every(points)[0][:, -1]
+        moved = points - reference.centre
+        last = torch.from_numpy(reference.index.kneighbors(moved.numpy())[0][:, -1])
+        assert not reference._doubtful(points, apart, last.to(points)).any()
