@@ -99,7 +99,7 @@ def fast(seed: int) -> dict[str, Callable[[], Any]]:
     """Return the detectors of table 1."""
     return {
         OURS: lambda: HardNegativeDetector(random_state=seed),
-        BASELINE: lambda: MeanNeighborDetector(random_state=seed),
+        BASELINE: lambda: MeanNeighborDetector(scaling="standard", random_state=seed),
         "mean distance, range": lambda: MeanNeighborDetector(scaling="range", random_state=seed),
         **peers("KNN", "LOF", "IForest", "OCSVM", "GMM", seed=seed),
     }

@@ -14,7 +14,7 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import robustlearn as rl
-from robustlearn.anomaly import HardNegativeDetector, MeanNeighborDetector, p_values
+from robustlearn.anomaly import HardNegativeDetector, MeanNeighborDetector, conformal, p_values
 from robustlearn.anomaly import detector as detector_module
 from robustlearn.anomaly.scaling import by_range, by_rank
 from robustlearn.errors import InputError
@@ -47,7 +47,7 @@ def test_the_examples(name):
 
 def test_the_baseline_is_the_mean_distance_to_the_five_nearest():
     x, new = normal(200), normal(30, seed=1)
-    detector = MeanNeighborDetector().fit(x)
+    detector = MeanNeighborDetector(scaling="standard").fit(x)
     centre, spread = x.mean(0), x.std(0)
     search = NearestNeighbors(n_neighbors=5).fit((x - centre) / spread)
     expected = search.kneighbors((new - centre) / spread)[0].mean(1)
@@ -127,6 +127,25 @@ def test_the_rate_of_false_alarms_that_was_asked_for_is_kept(detector, calibrati
     assert abs(np.mean(rates) - 0.1) < 0.03  # sd of a mean of six about .01
 
 
+def test_rows_held_out_keep_the_rate_where_rows_are_few():
+    """30 rows in 10 features with heavy tails: there the calibration in the bag flags 14%."""
+    rates = {0.5: [], "bagged": []}
+    for seed in range(40):
+        x = np.random.default_rng(seed).standard_t(3, size=(230, 10))
+        for calibration, found in rates.items():
+            detector = MeanNeighborDetector(
+                scaling="standard", calibration=calibration, random_state=seed
+            )
+            found.append((detector.fit(x[:30]).p_values(x[30:]) <= 0.1).mean())
+    assert np.mean(rates[0.5]) < 0.1 + 2 * np.std(rates[0.5]) / 40**0.5
+    assert 0.11 < np.mean(rates["bagged"]) < 0.2  # documented as approximate
+
+
+def test_the_threshold_is_one_of_the_scores_at_every_rate():
+    for rate in (1e-9, 0.5, 1 - 1e-12):
+        assert conformal.threshold(np.arange(10.0), rate) in range(10)
+
+
 def test_a_share_of_contamination_is_flagged_in_training():
     x = normal(200)
     assert (quick(contamination=0.2).fit(x).predict(x) == -1).sum() == 40
@@ -149,6 +168,19 @@ def test_a_stream_keeps_a_bounded_number_of_rows_and_follows_the_data():
         quick(calibration=0.2).partial_fit(far)
 
 
+def test_partial_fit_goes_on_from_fit():
+    x, more = normal(80), normal(40, seed=1)
+    detector = quick().fit(x).partial_fit(more)
+    assert {tuple(row) for row in detector.rows_.numpy()} == {tuple(row) for row in np.r_[x, more]}
+    other = quick().partial_fit(x).partial_fit(more)
+    np.testing.assert_array_equal(detector.score_samples(x), other.score_samples(x))
+    with pytest.raises(InputError, match="2 features"):
+        detector.partial_fit(x[:, :2])
+    with pytest.raises(InputError, match="critics cannot change within a stream"):
+        detector.set_params(critics=3).partial_fit(more)
+    assert len(detector.fit(x).rows_) == 80
+
+
 # ---------------------------------------------------------------- explanations and attacks
 
 
@@ -169,6 +201,29 @@ def test_an_explanation_is_accepted_near_and_sparse(p):
     nearest = way[np.argmax(detector.predict(way) == 1)]
     assert found.distance <= 1.05 * np.linalg.norm((nearest - row[0]) / unit, p)
     assert detector.explain(np.zeros((1, 3))) == [None]
+
+
+@pytest.mark.parametrize(
+    ("x", "options"),
+    [
+        ([[0.0, 0.0], [1.0, 1.0]], {}),
+        (np.zeros((10, 2)), {}),
+        (normal(100, 2) * 1e-12, {"scaling": "none"}),
+        (normal(6, 2), {"calibration": 0.5, "false_alarm": 0.9}),
+    ],
+    ids=["threshold at every row", "one point", "tiny decisions", "no row accepted"],
+)
+def test_an_explanation_where_hardly_a_training_row_is_accepted(x, options):
+    """A margin of the decision that is absolute, or a goal that must be there, finds none."""
+    detector = MeanNeighborDetector(random_state=0, **options).fit(x)
+    (found,) = detector.explain([[50.0, 50.0]])
+    assert detector.predict(found.accepted[None]) == 1
+
+
+def test_where_nothing_is_accepted_there_is_no_explanation():
+    detector = MeanNeighborDetector().fit(normal(50))
+    detector.offset_ = np.inf
+    assert detector.explain(normal(2, seed=1)) == [None, None]
 
 
 def test_evaluate_takes_a_detector_and_tells_evasion_from_false_alarm():
@@ -200,8 +255,15 @@ class TestBadInput:
     def test_what_is_not_a_number(self, make, value):
         x = normal(20)
         x[3, 1] = value
-        with pytest.raises(InputError, match="impute"):
+        with pytest.raises(InputError, match=r"row 3, column 1, .* drop or impute") as told:
             make().fit(x)
+        assert "HistGradientBoosting" not in str(told.value)  # advice of scikit-learn's
+        x[3, 1] = 0.0
+        named = pd.DataFrame(x, columns=["a", "b", "c"])
+        detector = make().fit(named)
+        named.loc[7, "c"] = value
+        with pytest.raises(InputError, match=r"row 7, column 2 \(c\)"):
+            detector.predict(named)
 
     def test_categories(self, make):
         with pytest.raises(InputError, match="encode text and categories"):
@@ -229,16 +291,34 @@ class TestBadInput:
         assert scores[-1] > scores[:-1].max()
 
     def test_a_huge_outlier_in_training_does_not_hide_the_others(self, make):
-        x = np.r_[normal(200), [[1e9, 0.0, 0.0]]]
-        options = {"scaling": "range"} if make is MeanNeighborDetector else {}
-        scores = make(**options).fit(x).anomaly_score([[0.0, 0.0, 0.0], [8.0, 0.0, 0.0]])
-        assert scores[1] > scores[0]
+        """Not the ones in its own feature either: by mean and deviation the area is ½."""
+        new = normal(100, seed=1)
+        far = new + np.array([8.0, 0.0, 0.0])
+        for rows, least in ((30, 0.7), (200, 0.95)):
+            x = np.r_[normal(rows), [[1e9, 0.0, 0.0]]]
+            scores = make().fit(x).anomaly_score(np.r_[new, far])
+            assert roc_auc_score(np.repeat([0, 1], 100), scores) > least
+
+    @pytest.mark.parametrize("unit", [1e200, 1e-200])
+    def test_units_of_any_size(self, make, unit):
+        x = normal(60)
+        here = make().fit(x).anomaly_score(x)
+        np.testing.assert_allclose(make().fit(x * unit).anomaly_score(x * unit), here, rtol=1e-6)
+
+    def test_a_row_too_far_to_be_measured_is_flagged(self, make):
+        x = normal(60)
+        detector = make().fit(x)
+        row = np.full((1, 3), 1e308)
+        assert np.isfinite(detector.score_samples(row)).all()
+        assert detector.predict(row) == -1
 
     @pytest.mark.parametrize(
         ("option", "said"),
         [
             ({"contamination": 0.7}, "contamination must be"),
             ({"false_alarm": 0}, "false_alarm must be"),
+            ({"false_alarm": 1.0}, "false_alarm must be"),
+            ({"random_state": -1}, "random_state must be"),
             ({"calibration": 0.01}, "holds out 0 of 20 rows"),
             ({"max_rows": 1}, "max_rows must be"),
         ],
@@ -256,7 +336,11 @@ class TestBadInput:
         ({"loss": "began"}, "reads the critic's errors"),
         ({"loss": "no such"}, "there is no adversarial loss"),
         ({"device": "no such"}, "cannot be used"),
-        ({"logit_weight": -1}, "logit_weight must be"),
+        ({"logit_weight": np.inf}, "logit_weight must be"),
+        ({"learning_rate": -1.0}, "learning_rate must be"),
+        ({"learning_rate": 1e30}, "critics diverged.*Lower learning_rate"),
+        ({"loss": 3}, "loss must be a name"),
+        ({"ranks": "no"}, "ranks must be True or False"),
     ],
 )
 def test_options_of_the_critics(option, said):
@@ -276,7 +360,8 @@ def test_where_rows_repeat_distances_are_plain(monkeypatch):
         found = quick(critics=2).fit(train).anomaly_score(test)
         return roc_auc_score(label, found)
 
-    plain = roc_auc_score(label, MeanNeighborDetector().fit(train).anomaly_score(test))
+    baseline = MeanNeighborDetector(scaling="standard").fit(train)
+    plain = roc_auc_score(label, baseline.anomaly_score(test))
     assert area() > plain - 0.005
     monkeypatch.setattr(detector_module, "COPIES", np.inf)  # always local
     assert area() < plain - 0.03
@@ -287,5 +372,5 @@ def test_distances_are_local_where_no_row_repeats():
     detector = quick(critics=0).fit(np.r_[dense, sparse])
     near_dense, in_sparse = np.full((1, 3), 0.8), np.full((1, 3), 5.8)
     assert detector.anomaly_score(near_dense) > detector.anomaly_score(in_sparse)
-    plain = MeanNeighborDetector().fit(np.r_[dense, sparse])
+    plain = MeanNeighborDetector(scaling="standard").fit(np.r_[dense, sparse])
     assert plain.anomaly_score(near_dense) < 3 * plain.anomaly_score(in_sparse)

@@ -12,12 +12,15 @@ import torch
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
+from robustlearn.errors import InputError
+
 FEW = 5  # neighbours whose mean distance tells the density
 NEAREST = (1, FEW)
 SMOOTHING = 0.5  # of the median distance among normal rows, added to the local one
 EXACT = "donot_use_mm_for_euclid_dist"  # products of matrices lose the digits of small distances
 SLACK = 1e-9  # of a distance, for rounding
 EPSILON = 2.0**-52  # scikit-learn multiplies in float64, also what comes in float32
+LEAST = 1e-140  # a spread whose square is still a number
 BLOCK = 256  # rows whose distances to all others are held at once
 FLOOR = 1e-2  # of the median distance: below it two rows count as equal
 
@@ -49,6 +52,12 @@ class Reference:
     def __post_init__(self) -> None:
         self.neighbors = min(self.neighbors, len(self.points) - 1)
         self.centre = self.points.median(0).values
+        spread = float((self.points - self.centre).abs().max())
+        if 0 < spread < LEAST:
+            raise InputError(
+                f"rows at most {spread:.1e} apart cannot be told apart: squares of their distances "
+                "vanish; scale the features first, for example scaling='range'"
+            )
         asked = min(self.neighbors + 2, len(self.points))
         self.index = NearestNeighbors(n_neighbors=asked, p=self.p)
         self.index.fit((self.points - self.centre).cpu().numpy())
