@@ -18,6 +18,8 @@ from robustlearn.anomaly import HardNegativeDetector, MeanNeighborDetector, conf
 from robustlearn.anomaly import detector as detector_module
 from robustlearn.anomaly.scaling import by_range, by_rank
 from robustlearn.errors import InputError
+from robustlearn.evaluate.detectors import told_apart
+from robustlearn.evaluate.results import Sample
 
 QUICK = {"steps": 20, "batch_size": 32, "critics": 2, "width": 16, "random_state": 0}
 
@@ -236,6 +238,24 @@ def test_evaluate_takes_a_detector_and_tells_evasion_from_false_alarm():
     )
     assert weak.clean.value == weak.attacked.value == 1.0
     assert strong.attacked.value == 0.0
+    assert [note.split(":")[0] for note in strong.notes[-2:]] == ["evasion", "false alarm"]
+
+
+def test_evasion_and_false_alarms_are_counted_apart():
+    """Two of four anomalies are evaded, one was missed; the one normal row that is right stands."""
+    rows = [(-1, True, "pgd", False), (-1, True, "pgd", False), (-1, True, None, True)]
+    rows += [(-1, False, None, False), (1, True, None, True)]
+    samples = [
+        Sample(number, label, clean_correct=right, broken_by=attack, certified=proven)
+        for number, (label, right, attack, proven) in enumerate(rows)
+    ]
+    evasion, alarm = told_apart(samples, certified=True)
+    assert "flagged, a share of 0.6667" in evasion
+    assert "and 1 are proven to stay; 1 more are wrong without a change" in evasion
+    assert "accepted, a share of 0 [" in alarm
+    assert told_apart(samples[4:], certified=False) == [
+        alarm.removesuffix(", and 1 are proven to stay")
+    ]
 
 
 def test_other_detectors_are_black_boxes_of_the_same_two_classes():
