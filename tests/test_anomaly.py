@@ -359,7 +359,7 @@ class TestBadInput:
         ({"logit_weight": np.inf}, "logit_weight must be"),
         ({"learning_rate": -1.0}, "learning_rate must be"),
         ({"learning_rate": 1e30}, "critics diverged.*Lower learning_rate"),
-        ({"loss": 3}, "loss must be a name"),
+        ({"loss": 3}, "adversarial loss: expected a name"),
         ({"ranks": "no"}, "ranks must be True or False"),
     ],
 )

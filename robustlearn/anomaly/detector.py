@@ -300,8 +300,6 @@ class HardNegativeDetector(Detector):
                 raise InputError(f"{name} must be True or False; got {getattr(self, name)!r}")
         if not self.critics and self.kind != "fused":
             raise InputError(f"kind={self.kind!r} is that of critics, and critics=0: give some")
-        if not isinstance(self.loss, str):
-            raise InputError(f"loss must be a name of robustlearn.gan.LOSSES; got {self.loss!r}")
         pair = adversarial.get(self.loss)
         if pair.critic_on != "scores":
             raise InputError(
