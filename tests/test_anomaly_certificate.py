@@ -8,7 +8,7 @@ import torch
 
 import robustlearn as rl
 from robustlearn.anomaly import HardNegativeDetector, MeanNeighborDetector
-from robustlearn.anomaly.neighbors import Reference
+from robustlearn.anomaly.neighbors import Density, Reference
 
 
 def rows(count, seed):
@@ -50,6 +50,18 @@ def test_no_point_of_the_threat_passes_the_bounds(detector, name):
         z = network(threat.restrict(again, delta)).detach()
         assert bool((z >= low.repeat(30) - 1e-9).all())
         assert bool((z <= high.repeat(30) + 1e-9).all())
+
+
+def test_the_bounds_know_the_density_of_every_row_that_can_become_a_neighbour():
+    """From half-way between dense rows and sparse ones the threat reaches the domain of each."""
+    dense, sparse = 0.01 * torch.arange(7.0), 10.1 + torch.arange(7.0)
+    density = Density(Reference(torch.cat([dense, sparse]).double()[:, None]))
+    here, reach = torch.tensor([[5.0]], dtype=torch.float64), torch.tensor([4.5])
+    low, high = density.enclosed(here, reach)
+    for place in torch.linspace(0.5, 9.5, 50, dtype=torch.float64):
+        scores, _ = density(place.reshape(1, 1))
+        assert bool((low[:, :2] <= scores).all())
+        assert bool((scores <= high[:, :2]).all())
 
 
 def test_the_bounds_of_a_mean_distance_are_met_far_from_all_rows():

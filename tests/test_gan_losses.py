@@ -8,7 +8,7 @@ import torch
 from scipy.stats import wasserstein_distance
 
 from robustlearn.errors import InputError
-from robustlearn.gan import LOSSES, kernels, losses
+from robustlearn.gan import LOSSES, kernels, losses, terms
 
 X = torch.linspace(-14, 14, 701, dtype=torch.float64)
 DX = float(X[1] - X[0])
@@ -282,9 +282,9 @@ def test_feature_matching_is_the_method_of_moments():
 
 def test_terms_of_a_task():
     scores = torch.tensor([0.0, 2.0], dtype=torch.float64)
-    found = losses.adversarial_cross_entropy(scores, weight=3.0)
+    found = terms.adversarial_cross_entropy(scores, weight=3.0)
     assert found.tolist() == pytest.approx((-3 * scores.sigmoid().log()).tolist())
-    assert losses.adversarial_hinge(scores, margin=1.5).tolist() == [1.5, 0.0]
+    assert terms.adversarial_hinge(scores, margin=1.5).tolist() == [1.5, 0.0]
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -315,6 +315,6 @@ def test_what_cannot_be_is_refused():
         losses.get("mmd").critic(torch.zeros(1, 2), torch.zeros(1, 2))
 
 
-@pytest.mark.parametrize("module", [losses, kernels])
+@pytest.mark.parametrize("module", [losses, kernels, terms])
 def test_the_examples_of_the_docstrings(module):
     assert doctest.testmod(module, raise_on_error=True).attempted

@@ -2,10 +2,11 @@
 
 from robustlearn.gan.diagnostics import Watch
 from robustlearn.gan.game import GanGame, Judgement
-from robustlearn.gan.losses import LOSSES, Pair, adversarial_cross_entropy, adversarial_hinge
+from robustlearn.gan.losses import LOSSES, Pair
 from robustlearn.gan.metrics import Coverage, mode_coverage
 from robustlearn.gan.mixtures import Mixture
 from robustlearn.gan.regularizers import PENALTIES
+from robustlearn.gan.terms import adversarial_cross_entropy, adversarial_hinge
 from robustlearn.gan.training import GanResult, fit_gan
 
 __all__ = [
