@@ -62,7 +62,8 @@ def test_a_rate_that_so_few_rows_cannot_keep_is_told(folder, capsys):
     shown = " ".join(capsys.readouterr().out.split())
     assert "smallest p-value is 0.00498: give more normal rows" in shown
     assert "approximate" not in shown
-    (folder / "few.csv").write_text("\n".join((folder / "normal.csv").read_text().splitlines()[:31]))
+    lines = (folder / "normal.csv").read_text().splitlines()
+    (folder / "few.csv").write_text("\n".join(lines[:31]))
     assert detect(data="few.csv") == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "Learnt from 30 rows alone, that rate is approximate" in shown

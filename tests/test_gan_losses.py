@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.stats import wasserstein_distance
 
+from robustlearn import registry
 from robustlearn.errors import InputError
 from robustlearn.gan import LOSSES, kernels, losses, terms
 
@@ -315,6 +316,6 @@ def test_what_cannot_be_is_refused():
         losses.get("mmd").critic(torch.zeros(1, 2), torch.zeros(1, 2))
 
 
-@pytest.mark.parametrize("module", [losses, kernels, terms])
+@pytest.mark.parametrize("module", [losses, kernels, terms, registry])
 def test_the_examples_of_the_docstrings(module):
     assert doctest.testmod(module, raise_on_error=True).attempted

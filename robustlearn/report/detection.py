@@ -12,7 +12,7 @@ from robustlearn.report.page import template
 
 SCHEMA = "robustlearn-detection/1"
 SHOWN = 200
-FEW = 200  # normal rows below which a rate calibrated by the rows learnt from is too low a promise
+FEW = 200  # normal rows below which more of them are flagged than was asked for
 COLUMNS = ("row", "score", "p_value", "flagged", "distance", "changes")
 
 
@@ -64,8 +64,8 @@ def lead(document: dict[str, Any]) -> str:
         )
     if document["trained"] < FEW:
         text += (
-            f" Learnt from {document['trained']} rows alone, that rate is approximate, and likelier "
-            f"too low than too high: from {FEW} on it is close."
+            f" Learnt from {document['trained']} rows alone, that rate is approximate, and more "
+            f"rows than that may be flagged: from {FEW} on it is close."
         )
     return text
 
