@@ -17,7 +17,12 @@ from robustlearn.certify import Certificate
 from robustlearn.certify import certify as prove
 from robustlearn.errors import InputError
 from robustlearn.evaluate import draws, fingerprint, inputs
+<<<<<<< HEAD
 from robustlearn.evaluate.harness import Harness, Progress, Tally, attacked
+=======
+from robustlearn.evaluate.detectors import told_apart
+from robustlearn.evaluate.harness import WHOLE, Harness, Progress, Tally, attacked
+>>>>>>> s/g6
 from robustlearn.evaluate.judgement import Judgement
 from robustlearn.evaluate.knowledge import Knowledge
 from robustlearn.evaluate.plans import HALVINGS, PRESETS, SHARES, Budget, Step, plan, widened
@@ -26,6 +31,7 @@ from robustlearn.evaluate.sharing import Shares
 from robustlearn.evaluate.state import State
 from robustlearn.models import labels as labels_of
 from robustlearn.models import wrap
+from robustlearn.models.estimators import detects
 from robustlearn.threats import LpBall
 
 FEW = 8  # samples that are all near the boundary
@@ -193,8 +199,11 @@ class _Evaluation:
         certificate = self.known.check(certificate)
         told = self.harness.shares.told
         verdict = told(self.judgement.verdict(self.broke, certificate))
-        notes = [*self.model.notes, *self.judgement.notes, *self.notes]
         predictions = self.known.predictions()
+        samples = self.known.samples(certificate, predictions)
+        notes = [*self.model.notes, *self.judgement.notes, *self.notes]
+        if detects(self.model.source):
+            notes += told_apart(samples, certified=certificate is not None)
         found, proven = self.known.totals(certificate)
         if proven is not None and self.model.task == "classification":
             about["open"] = found.value - proven.value
@@ -211,7 +220,7 @@ class _Evaluation:
             attacked=found,
             certified=proven,
             certificate=about,
-            samples=self.known.samples(certificate, predictions),
+            samples=samples,
             attacks=tuple(runs),
             verdict=verdict,
             notes=tuple(dict.fromkeys(told(notes))),

@@ -193,8 +193,17 @@ class Turn:
         InputError if no gradient is there, if processes hold different ones, or if a gradient
         is not finite and training is to stop then.
         """
-        if not self._last:
+        if not self._last or not self.limited(name):
             return False
+        self._side(name).follow()
+        self._guard.accept()
+        return True
+
+    def limited(self, name: str) -> bool:
+        """Clip the gradient of a module, as `update` does; False if it is not finite: dropped.
+
+        For games that make a step of their own, such as one to look ahead by.
+        """
         side = self._side(name)
         gradients = side.gradients()
         if self._scale != 1:
@@ -208,8 +217,6 @@ class Turn:
             return False
         if self._clip is not None:
             torch._foreach_mul_(gradients, (self._clip / (norm + 1e-6)).clamp(max=1.0))
-        side.follow()
-        self._guard.accept()
         return True
 
     def gather(self, rows: Tensor) -> Tensor:
