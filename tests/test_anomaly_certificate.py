@@ -89,7 +89,6 @@ def test_certified_is_at_most_attacked_and_the_radius_is_that_of_the_bound(detec
         assert (rl.certify(detector, x, within).certified == expected)[kept].all()
 
 
-<<<<<<< HEAD
 class Slope(torch.nn.Module):
     """Accepts where Σx < 10⁸."""
 
@@ -113,7 +112,8 @@ def test_an_infinite_radius_is_one_of_the_whole_box():
     ):
         radius = rl.certify(model, x, rl.LpBall(2, 1.0, **walls), method="enclosure").radius[0]
         assert low <= radius <= high
-=======
+
+
 @pytest.mark.parametrize("places", [(0.0, 0.0), (1e8, 1e8), (-1e8, 1e8)])
 def test_distances_far_from_the_origin_are_those_of_differences(places):
     """There products of matrices, by which many features are searched, have lost all digits."""
@@ -140,4 +140,3 @@ def test_few_rows_are_searched_twice():
         moved = points - reference.centre
         last = torch.from_numpy(reference.index.kneighbors(moved.numpy())[0][:, -1])
         assert not reference._doubtful(points, apart, last.to(points)).any()
->>>>>>> s/g6

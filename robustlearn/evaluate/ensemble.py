@@ -17,12 +17,8 @@ from robustlearn.certify import Certificate
 from robustlearn.certify import certify as prove
 from robustlearn.errors import InputError
 from robustlearn.evaluate import draws, fingerprint, inputs
-<<<<<<< HEAD
-from robustlearn.evaluate.harness import Harness, Progress, Tally, attacked
-=======
 from robustlearn.evaluate.detectors import told_apart
-from robustlearn.evaluate.harness import WHOLE, Harness, Progress, Tally, attacked
->>>>>>> s/g6
+from robustlearn.evaluate.harness import Harness, Progress, Tally, attacked
 from robustlearn.evaluate.judgement import Judgement
 from robustlearn.evaluate.knowledge import Knowledge
 from robustlearn.evaluate.plans import HALVINGS, PRESETS, SHARES, Budget, Step, plan, widened
