@@ -140,6 +140,7 @@ def row_bounds(
     negative = rows.clamp(max=0)
     low, high = (side[owner] for side in spans[target])
     floor = ((rows - negative) * low + negative * high).flatten(1).sum(1)
+    floor = torch.where(floor.isfinite(), floor, -torch.inf)  # 0·∞ where a span is not known
     if not steps:
         found = mine.least(*backward(network, target, rows, lines(network, before)))
         return torch.maximum(found, floor)
