@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from programs import least
 from sklearn.datasets import load_digits
 from sklearn.neural_network import MLPClassifier
 from torch import nn
@@ -13,7 +14,6 @@ from torch import nn
 import robustlearn as rl
 from robustlearn.certify.bounds import Deadline, crown_bounds
 from robustlearn.certify.complete import Property, decide, falsify
-from robustlearn.certify.milp import least
 from robustlearn.certify.networks import certified_radius
 from robustlearn.certify.relax import Region
 from robustlearn.models.trace import trace
@@ -82,20 +82,73 @@ def test_the_program_is_exact():
     assert seen <= value + lipschitz * 0.0015 * 2**0.5
 
 
-def test_a_conjunction_is_weighed():
-    """y₀ ≤ 0 and y₁ ≤ 0 for (x, 1 − x): neither row alone stays positive, their sum does."""
-    net = nn.Linear(1, 2).double()
-    net.weight.data = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
-    net.bias.data = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    relu = nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 2)).double()
-    relu[0].load_state_dict(net.state_dict())
-    relu[2].load_state_dict({"weight": torch.eye(2), "bias": torch.full((2,), -0.2)})
-    x, rule = (
-        torch.tensor([[0.5]]).double(),
-        Property(torch.eye(2).double()[None], torch.zeros(1, 2)),
+@pytest.fixture(scope="module")
+def ramps():
+    """y = (x⁺ − 0.2, (1 − x)⁺ − 0.2) of x near ½: never both ≤ 0, their maximum is ≥ 0.3."""
+    net = nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 2)).double()
+    net[0].load_state_dict(
+        {"weight": torch.tensor([[1.0], [-1.0]]), "bias": torch.tensor([0.0, 1.0])}
     )
-    found = decide(trace(relu, x), Region(x, rl.LpBall(math.inf, 2.0)), rule)
+    net[2].load_state_dict({"weight": torch.eye(2), "bias": torch.full((2,), -0.2)})
+    x = torch.tensor([[0.5]]).double()
+    return trace(net, x), Region(x, rl.LpBall(math.inf, 2.0))
+
+
+def test_a_conjunction_is_weighed(ramps):
+    """y₀ ≤ 0 and y₁ ≤ 0: neither row alone stays positive, their sum does."""
+    rule = Property(torch.eye(2).double()[None], torch.zeros(1, 2).double())
+    found = decide(*ramps, rule)
     assert (found.status, found.by) == ("certified", "branch and bound")
+    assert 0 < found.bound <= 0.3
+
+
+def test_the_bound_is_the_least_of_all_groups(ramps):
+    """A second group, y₀ + 0.21 ≤ 0, is settled at once, and nearer than the first."""
+    rows = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [1.0, 0.0]]]).double()
+    rule = Property(rows, torch.tensor([[0.0, 0.0], [0.21, 0.21]]).double())
+    found = decide(*ramps, rule)
+    assert (found.status, found.by) == ("certified", "branch and bound")
+    assert 0 < found.bound <= 0.01 + 1e-12
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_tie_is_a_violation_where_the_rule_says_so(closed):
+    net = nn.Sequential(nn.Linear(1, 1), nn.ReLU()).double()
+    net[0].load_state_dict({"weight": torch.ones(1, 1), "bias": torch.zeros(1)})
+    x = torch.tensor([[-0.75]]).double()
+    rule = Property(torch.ones(1, 1, 1).double(), torch.zeros(1, 1).double(), closed)
+    found = decide(trace(net, x), Region(x, rl.LpBall(math.inf, 0.25)), rule)
+    assert found.status == ("falsified" if closed else "open")
+
+
+@pytest.mark.parametrize("size", [1e-10, 1e-6, 1.0])
+def test_a_narrow_violation_among_small_weights_is_no_proof(size):
+    """|x/10⁷ − 0.31373| ≤ 10⁻⁵ at x = 3,137,300, in any unit; solvers drop what is below 10⁻⁹."""
+    net = nn.Linear(1, 2, bias=False).double()
+    net.weight.data = size * torch.tensor([[1.0], [-1.0]]).double()
+    x = torch.zeros(1, 1).double()
+    offsets = 1e7 * size * torch.tensor([[-0.31374, 0.31372]]).double()
+    rule = Property(torch.eye(2).double()[None], offsets)
+    found = decide(trace(net, x), Region(x, rl.LpBall(math.inf, 1e7)), rule)
+    assert found.status == "falsified"
+
+
+@pytest.mark.parametrize("seed", [13, 36])
+def test_small_outputs_are_not_proven_by_tolerances(seed):
+    net, x, _ = instance(seed, math.inf, widths=(2, 8, 8, 2))
+    axis = torch.linspace(-1, 1, 101, dtype=torch.float64)
+    grid = x + torch.cartesian_prod(axis, axis)
+    with torch.no_grad():
+        margin = float((net(grid) @ torch.tensor([1.0, -1.0]).double()).min())
+        net[-1].bias[0] -= margin + 4e-3
+        for part in (net[-1].weight, net[-1].bias):
+            part.mul_(1e-7)
+        found = decide(
+            trace(net, x), Region(x, rl.LpBall(math.inf, 1.0)), Property.of_class(0, 2),
+            deadline=Deadline.after(5),
+        )  # fmt: skip
+    assert found.status != "certified"
+    assert found.bound <= -4e-10
 
 
 def test_time_is_kept_and_leaves_it_open():

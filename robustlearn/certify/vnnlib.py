@@ -128,4 +128,4 @@ def _rule(groups: list[list[tuple[Any, float]]], name: str) -> Property:
     padded = [group + group[-1:] * (most - len(group)) for group in groups]
     rows = torch.stack([torch.stack([row for row, _ in group]) for group in padded])
     offsets = torch.tensor([[c for _, c in group] for group in padded], dtype=torch.float64)
-    return Property(rows, offsets)
+    return Property(rows, offsets, closed=True)
