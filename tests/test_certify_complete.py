@@ -254,6 +254,60 @@ def test_a_network_with_a_memory_is_refused():
         rl.certify(Counts(), torch.rand(2, 2), rl.LpBall(2, 0.1), method="crown")
 
 
+class Band(nn.Module):
+    """(c, 0) in real arithmetic; in float32 far from it where |x| < 0.1, a tenth of the box."""
+
+    def forward(self, x):
+        large = torch.relu(1 - (10 * x).abs()) * 1e6
+        third = large / 3
+        return torch.cat([third + third + third - large + 0.01, x * 0], 1)
+
+
+@pytest.mark.parametrize("method", ["ibp", "crown", "complete"])
+def test_rounding_where_nobody_looked_is_allowed_for(method):
+    net, points = Band(), torch.linspace(-0.1, 0.1, 501)[:, None]
+    margin = float((net(points) @ torch.tensor([1.0, -1.0])).min())
+    assert margin < 0
+    found = rl.certify(
+        net, torch.full((1, 1), 0.5), rl.LpBall(math.inf, 1.0), y=[0], method=method, seconds=0.2
+    )
+    assert not found.certified.any()
+    assert found.margin[0] <= margin
+
+
+def test_rounding_is_expected_as_it_is_seen():
+    torch.manual_seed(0)
+    layers = [nn.Linear(50, 80), nn.Tanh(), nn.Linear(80, 80), nn.ReLU(), nn.Linear(80, 4)]
+    net, x = nn.Sequential(*layers), torch.rand(40, 50)
+    network, low = trace(net, x), x[:, None].double()
+    with torch.no_grad():
+        seen = (net(x).double() - network(x.double())).abs().amax(1)
+        expected = network.rounding(low - 0.1, low + 0.1, network.unit)
+    assert (seen <= 3 * expected).all()
+    assert (expected <= 1e-4).all()
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_what_mixes_a_batch_is_refused(n):
+    class Centred(nn.Module):
+        def forward(self, x):
+            return x - x.mean(0)
+
+    with pytest.raises(rl.InputError, match="other samples of a batch"):
+        rl.certify(Centred(), torch.zeros(n, 2), rl.LpBall(2, 0.0), y=[0] * n, method="ibp")
+
+
+def test_a_budget_of_passes_has_one_result(digits):
+    net, x, y = digits
+    found = [
+        rl.certify(net, x, rl.LpBall(math.inf, 0.03), y=y, passes=passes).margin
+        for passes in (20, 20, 0)
+    ]
+    np.testing.assert_array_equal(found[0], found[1])
+    assert (found[0] >= found[2]).all()
+    assert (found[0] > found[2]).any()
+
+
 def test_what_stands_in_the_way_is_named():
     net = nn.Sequential(nn.Linear(2, 4), nn.GELU(), nn.Linear(4, 2))
     with pytest.raises(rl.InputError, match="gelu"):

@@ -35,6 +35,7 @@ AHEAD = 4  # neurons that are tried
 RATES = {"alpha": 0.1, "beta": 0.05, "weight": 0.2}
 RAISED, REFINED = 20, 10  # steps of ascent for a row, for each neuron whose sign is open
 SHARE = 0.3  # of the time that is left, for the latter
+ROUNDED, FLOAT64 = 100, torch.finfo(torch.float64).eps / 2  # standard deviations of rounding
 CUTS = 100  # planes that may stand for a ball in a linear program
 CLEAR = 1e-9  # value of a linear program in units of its planes, from which it is no rounding
 
@@ -60,6 +61,11 @@ class Property:
     def value(self, output: Tensor) -> Tensor:
         """Return max over the rows of a group, (n, g): ≤ 0 where the property is violated."""
         return (torch.einsum("gmk,nk->ngm", self.rows, output) + self.offsets).amax(2)
+
+    @property
+    def size(self) -> float:
+        """The largest offset."""
+        return float(self.offsets.abs().max())
 
     def violated(self, output: Tensor) -> Tensor:
         """Tell which outputs are what must not be, (n,)."""
@@ -101,9 +107,11 @@ def decide(
     Parameters
     ----------
     region : of one sample in float64; rule : what must not be.
-    slack : by how much rows must stay positive, for the rounding of whoever runs the network.
+    slack : by how much rows must stay positive, for the rounding of whoever runs the network; that
+        of the bounds themselves is added.
     dtype : that a witness must be representable in, and is attained in.
     """
+    slack += ROUNDED * float(network.rounding(*region.box, FLOAT64)[0] + FLOAT64 * rule.size)
     bound = torch.full((len(rule.rows),), -torch.inf, dtype=region.x.dtype)
     open_, by = torch.arange(len(rule.rows)), ""
     for by, spans, steps in _stages(network, region, deadline):

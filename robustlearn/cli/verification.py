@@ -11,24 +11,20 @@ from robustlearn.certify.complete import decide
 from robustlearn.models import onnx
 from robustlearn.models.trace import trace
 
-SLACK = 1e-9  # for the rounding of bounds in float64
-
 
 def verified(network: Path, rule: Path, seconds: float) -> dict[str, Any]:
     """Return the answer, and for ``sat`` the inputs and outputs of a counterexample.
 
     The inputs are numbers of float32, the outputs are computed from them in float64.
     """
-    module = onnx.read(network)
+    module = onnx.read(network).double()  # a property speaks of real arithmetic
     shape = module.shape
-    recorded = trace(module, torch.full((1, *shape), 0.5))
+    recorded = trace(module, torch.full((1, *shape), 0.5, dtype=torch.float64))
     outputs = recorded.nodes[recorded.output].shape[-1]
     deadline, answer = Deadline.after(seconds), "unsat"
     for region, unsafe in vnnlib.read(rule, shape, outputs):
         with torch.no_grad():
-            found = decide(
-                recorded, region, unsafe, slack=SLACK, dtype=torch.float32, deadline=deadline
-            )
+            found = decide(recorded, region, unsafe, dtype=torch.float32, deadline=deadline)
         if found.witness is not None:
             y = recorded(found.witness[None])[0]
             return {"answer": "sat", "x": found.witness.flatten().tolist(), "y": y.tolist()}

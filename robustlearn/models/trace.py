@@ -33,6 +33,8 @@ alias clone cat stack index_select mean sum avg_pool1d avg_pool2d avg_pool3d
 _adaptive_avg_pool2d _adaptive_avg_pool3d constant_pad_nd reflection_pad1d reflection_pad2d
 replication_pad1d replication_pad2d repeat flip roll upsample_nearest2d im2col pixel_shuffle
 select_scatter slice_scatter""".split()
+AWAKE = 10  # standard deviations by which rounding may wake a neuron
+PRODUCTS = ("mm", "mv", "bmm", "addmm", "baddbmm")
 # What each leading argument is to the value: a term is added, of the factors one may depend on x.
 ROLES = {
     **dict.fromkeys(MOVES, ("term",)),
@@ -52,6 +54,9 @@ KNOWN = (
     "linear layers, convolutions, batch normalisation in evaluation mode, average and max pooling, "
     "reshapes, sums, and ReLU, leaky ReLU, PReLU, clamp, maximum, abs, tanh and sigmoid"
 )
+
+
+Spans = dict[int, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -102,10 +107,13 @@ class Network:
     nodes : in the order of computation; ``output`` is the number of the last one.
     activations : numbers of the nodes that are not affine; the input is node 0.
     width : numbers in the largest value.
+    unit : unit roundoff of the least precise type in which the module computes.
     """
 
-    def __init__(self, nodes: list[Node], output: int, dtype: torch.dtype) -> None:
-        self.nodes, self.output, self.dtype = nodes, output, dtype
+    def __init__(
+        self, nodes: list[Node], output: int, dtype: torch.dtype, unit: float = 0.0
+    ) -> None:
+        self.nodes, self.output, self.dtype, self.unit = nodes, output, dtype, unit
         self.activations = [i for i, node in enumerate(nodes) if node.kind in ACTIVATIONS]
         self.width = max(math.prod(n.shape) for n in nodes if n.kind != "constant")
         self.bind()
@@ -166,6 +174,20 @@ class Network:
         """
         return dict(torch.vmap(self._intervals)(low, high, known))
 
+    def rounding(self, low: Tensor, high: Tensor, unit: float) -> Tensor:
+        """Return the standard deviation, at most, of what rounding does to an output, (n,).
+
+        k terms are added up with an error of u·√k·(|W||z| + |c|), z as large as intervals allow;
+        errors are taken to be independent and of mean zero, so that their variances go on as
+        v ↦ W²v (Higham and Mary, 2019). A ReLU that sleeps on its whole interval passes none.
+
+        Parameters
+        ----------
+        low, high : (n, 1, *shape) of the input; unit : u, the unit roundoff.
+        """
+        found = torch.vmap(lambda a, b: self._variance(a, b, unit))(low, high)
+        return found.flatten(1).amax(1).sqrt()
+
     def _targets(self) -> list[int]:
         return [*self.activations, self.output]
 
@@ -181,26 +203,24 @@ class Network:
         return values[self.output].reshape(1, -1)
 
     def _intervals(self, low: Tensor, high: Tensor, known: Any) -> Any:
-        span = {0: (low, high)}
-        found = {}
+        span, entering = self._spans(low, high, known)
+        return {**entering, self.output: span[self.output]}
+
+    def _spans(self, low: Tensor, high: Tensor, known: Any) -> tuple[Spans, Spans]:
+        """Return the bounds of every value, and of what enters each activation."""
+        span, entering = {0: (low, high)}, {}
         for i, node in enumerate(self.nodes[1:], start=1):
-            if node.kind == "constant":
-                continue
             if node.kind == "affine":
                 span[i] = self._spread(node, span)
-            else:
-                entering = span[node.parents[0]]
+            elif node.kind != "constant":
+                low, high = span[node.parents[0]]
                 if i in known:
-                    entering = (
-                        torch.maximum(entering[0], known[i][0]),
-                        torch.minimum(entering[1], known[i][1]),
-                    )
-                found[i] = entering
-                low, high = (ACTIVATIONS[node.kind](side) for side in entering)
-                span[i] = (low, high)
-        return {**found, self.output: span[self.output]}
+                    low, high = torch.maximum(low, known[i][0]), torch.minimum(high, known[i][1])
+                entering[i] = low, high
+                span[i] = ACTIVATIONS[node.kind](low), ACTIVATIONS[node.kind](high)
+        return span, entering
 
-    def _spread(self, node: Node, span: dict[int, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    def _spread(self, node: Node, span: Spans) -> tuple[Tensor, Tensor]:
         """f(centre) ± |f|(radius), |f| with the sizes of all factors and no constant terms."""
         if node.hull:
             (a, b), (c, d) = (span[j] for j in node.hull)
@@ -208,12 +228,34 @@ class Network:
         centre = {j: (span[j][0] + span[j][1]) / 2 for j in node.parents}
         radius = {j: (span[j][1] - span[j][0]) / 2 for j in node.parents}
         middle = self._value(node, {**self.constants, **centre})
-        reach = self._value(node, {**self.constants, **radius}, sizes=True)
+        reach = self._value(node, {**self.constants, **radius}, abs, _nothing)
         low, high = middle - reach, middle + reach
         sure = low.isfinite() & high.isfinite()  # what overflows proves nothing
         return torch.where(sure, low, -torch.inf), torch.where(sure, high, torch.inf)
 
-    def _value(self, node: Node, values: dict[int, Tensor], sizes: bool = False) -> Any:
+    def _variance(self, low: Tensor, high: Tensor, unit: float) -> Tensor:
+        span, entering = self._spans(low, high, {})
+        size = {i: torch.maximum(-a, b) for i, (a, b) in span.items()}
+        found = {0: torch.zeros_like(low)}
+        for i, node in enumerate(self.nodes[1:], start=1):
+            if node.kind == "affine" and node.hull:
+                found[i] = torch.maximum(*(found[j] for j in node.hull))
+            elif node.kind == "affine":
+                passed = self._value(node, {**self.constants, **found}, torch.square, _nothing)
+                whole = self._value(node, {**self.constants, **size}, abs, abs)
+                found[i] = passed + self._terms(node) * (unit * whole) ** 2
+            elif node.kind == "relu":
+                given = found[node.parents[0]]
+                found[i] = torch.where(entering[i][1] > -AWAKE * given.sqrt(), given, 0)
+            elif node.kind != "constant":
+                found[i] = found[node.parents[0]] + unit**2
+        return found[self.output]
+
+    def _value(
+        self, node: Node, values: dict[int, Tensor], factors: Any = None, terms: Any = None
+    ) -> Any:
+        """Carry out an operation; constant factors and terms are replaced by functions of them."""
+
         def filled(argument: Any, role: str | None) -> Any:
             if isinstance(argument, list | tuple):
                 return [filled(part, role) for part in argument]
@@ -222,15 +264,15 @@ class Network:
                 argument = values[argument.node]
             if role and isinstance(argument, Tensor):  # integers and masks become numbers here
                 argument = argument.to(self.dtype)
-            number = isinstance(argument, Tensor | int | float)
-            if not (sizes and fixed and number and role):
+            if not (factors and fixed and role and isinstance(argument, Tensor | int | float)):
                 return argument
-            return argument * 0 if role == "term" else abs(argument)
+            number = torch.as_tensor(argument, dtype=self.dtype)
+            return terms(number) if role == "term" else factors(number)
 
         roles = node.roles + (None,) * len(node.arguments)
         arguments = [filled(a, r) for a, r in zip(node.arguments, roles, strict=False)]
         options = {key: filled(value, None) for key, value in node.options.items()}
-        if sizes and node.function is aten.constant_pad_nd:
+        if factors and node.function is aten.constant_pad_nd:
             arguments = arguments[:2]
         return node.function(*arguments, **options)
 
@@ -261,13 +303,22 @@ class Network:
 
         zeros = [self._cast(torch.zeros(self.nodes[i].shape, device=self._device)) for i in chosen]
         offset, pull = torch.func.vjp(function, *zeros)[:2]
-        adding = sum(self._adds_up(self.nodes[i]) for i in order)
+        passed = [self.nodes[i] for i in order]
+        adding = sum(self._terms(node) > 1 or len(node.parents) > 1 for node in passed)
         return Affine(chosen, torch.vmap(pull), offset, len(chosen) == 1 and adding <= 1)
 
-    def _adds_up(self, node: Node) -> bool:
-        sums = ("mm", "mv", "bmm", "addmm", "baddbmm", "convolution", "mean", "sum")
-        name = node.function.__name__
-        return name in sums or "pool" in name or len(node.parents) > 1
+    def _terms(self, node: Node) -> int:
+        """How many numbers that depend on the input are added up, or rounded, for one of these."""
+        name, shape = node.function.__name__, self.nodes[node.parents[0]].shape
+        if name == "convolution":
+            weight = self.nodes[node.arguments[1].node].shape
+            transposed = node.arguments[6]
+            return math.prod(weight[2:]) * weight[0 if transposed else 1]
+        if name in PRODUCTS:
+            return self.nodes[node.arguments["add" in name].node].shape[-1]
+        if name in ("mean", "sum") or "pool" in name:
+            return math.prod(shape) // max(1, math.prod(node.shape)) + 1
+        return 0 if name in MOVES and name != "alias" else len(node.parents)
 
     @property
     def _device(self) -> torch.device:
@@ -324,7 +375,7 @@ def trace(
             Node("affine", node.shape, aten.alias, (Ref(last),), {}, (last,), ("term",))
         )
         last = len(recorder.nodes) - 1
-    return Network(recorder.nodes[: last + 1], last, dtype)
+    return Network(recorder.nodes[: last + 1], last, dtype, recorder.unit)
 
 
 class _NoEscape(TorchFunctionMode):
@@ -351,6 +402,7 @@ class _Recorder(TorchDispatchMode):
         self.nodes = [Node("input", tuple(example.shape))]
         self.numbers = {id(example): 0}
         self.alive = [example]  # so that no two values share an id
+        self.unit = torch.finfo(example.dtype).eps / 2
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -382,6 +434,8 @@ class _Recorder(TorchDispatchMode):
             raise _refusal(name, "it reads the bits of a number as another type")
         if isinstance(output, Tensor) and output.dtype not in REALS:
             raise _refusal(name, f"it gives {output.dtype}")
+        if isinstance(output, Tensor):
+            self.unit = max(self.unit, torch.finfo(output.dtype).eps / 2)
 
     def _check(self, name: str, func: Any, args: Any, options: dict[str, Any]) -> None:
         roles = ROLES.get(name)
@@ -468,6 +522,10 @@ class _Recorder(TorchDispatchMode):
                 tuple(dict.fromkeys((*node.parents, *both))), node.roles, tuple(both),
             )  # fmt: skip
         return result
+
+
+def _nothing(value: Tensor) -> Tensor:
+    return value * 0
 
 
 def _parts(arguments: Any) -> Iterator[Any]:
