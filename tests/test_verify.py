@@ -8,11 +8,10 @@ import pytest
 import torch
 
 import robustlearn as rl
-from robustlearn.certify import vnnlib
 from robustlearn.certify.bounds import Deadline
 from robustlearn.certify.complete import Property, decide
 from robustlearn.certify.relax import Region
-from robustlearn.cli import run
+from robustlearn.cli import run, vnnlib
 from robustlearn.models import onnx as reader
 from robustlearn.models.trace import trace
 
@@ -65,6 +64,8 @@ def written(path, unsafe, low=-0.4, high=0.4):
         ("(assert (or (and (>= Y_0 0.5) (<= Y_0 0.6)) (and (<= Y_1 0.5))))", "sat"),
         ("(assert (and (>= Y_0 0.5) (<= Y_0 0.4)))", "unsat"),
         ("(assert (<= Y_0 -1e-3))", "unsat"),
+        ("(assert (<= Y_1 1.0))(assert (>= Y_0 0.7))", "sat"),  # Y_1 is 1
+        ("(assert (or (and (>= X_0 1) (<= Y_0 9)) (and (<= X_0 0.1) (>= Y_0 0.9))))", "unsat"),
     ],
 )
 def test_answers(absolute, tmp_path, unsafe, answer, capsys):
@@ -91,6 +92,18 @@ def test_no_time_is_unknown(absolute, tmp_path, capsys):
     [
         ("(assert (>= Y_0 Y_7))", "Y_7"),
         ("(assert (>= X_0 X_1))", "relates"),
+        ("(assert (>= X_0 Y_1))", "relates"),
+        ("(assert (<= (+ Y_0 Y_1) 1.0))", r"got \(\+ Y_0 Y_1\)"),
+        ("(assert (<= Y_0 abc))", "finite number; got abc"),
+        ("(assert (<= Y_0 nan))", "finite number; got nan"),
+        ("(assert (<= X_0 inf))", "finite number; got inf"),
+        ("(assert (<= Y_-1 0.5))", "got Y_-1"),
+        ("(assert (>= Y_0 1) (>= Y_1 1))", "declare-const and assert"),
+        ("(assert Y_0)", "got Y_0"),
+        ("(assert ((<= Y_0 1)))", "got"),
+        ("()", r"got \(\)"),
+        ("words", "got words"),
+        ("(assert (>= X_0 5))(assert (>= Y_0 1))", "no input is asked for"),
         ("(assert (= Y_0 1))", "expected"),
         ("(assert (>= Y_0 1)", "not closed"),
         ("(define-fun f () Real 1)", "declare-const and assert"),

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from robustlearn.certify import vnnlib
 from robustlearn.certify.bounds import Deadline
 from robustlearn.certify.complete import decide
+from robustlearn.cli import vnnlib
 from robustlearn.models import onnx
 from robustlearn.models.trace import trace
 
