@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robustlearn.certify.relax import Region, Span, Span_of, backward, lines
-from robustlearn.models.trace import ACTIVATIONS, Network
+from robustlearn.models.trace import Network
 
 WORK = 2**19  # numbers in a working array: some of them fit into a cache
 ALONE = 32  # rows from which a sample is looked at by itself
@@ -124,7 +124,6 @@ def row_bounds(
     spans: Span_of,
     *,
     steps: int = 0,
-    enough: float = math.inf,
 ) -> Tensor:
     """min over the region of rows·z, from below, (r,); by α-CROWN if ``steps``.
 
@@ -133,7 +132,6 @@ def row_bounds(
     target : what z enters, or the output; rows : (r, *z).
     owner : (r,) the sample of each row, or (1,) that of all.
     spans : of the target, which hold the result too, and of the activations before.
-    enough : the ascent ends once all rows are above.
     """
     mine = region.select(owner)
     before = {i: (s[0][owner], s[1][owner]) for i, s in spans.items() if i < target}
@@ -153,29 +151,13 @@ def row_bounds(
             bound = mine.least(*backward(network, target, rows, relaxed))
             loss = -bound.sum()
         best = torch.maximum(best, bound.detach())
-        if step == steps or not loss.requires_grad or bool((best > enough).all()):
+        if step == steps or not loss.requires_grad:
             break
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         alpha.clip()
     return best
-
-
-def elided(network: Network, region: Region, rows: Tensor, spans: Span_of) -> Tensor:
-    """Rows·outputs from below (r,), by intervals of the activations before the last layer.
-
-    A row goes through the last affine map as a whole: what two outputs share cancels. Region and
-    spans are one a row.
-    """
-    affine = network.segments[network.output]
-    bound = (rows * affine.offset).flatten(1).sum(1)
-    for source, part in zip(affine.sources, affine.pull(rows), strict=True):
-        curve = ACTIVATIONS.get(network.nodes[source].kind)
-        low, high = region.box if curve is None else map(curve, spans[source])
-        negative = part.clamp(max=0)
-        bound = bound + ((part - negative) * low + negative * high).flatten(1).sum(1)
-    return bound
 
 
 def margin_rows(label: Tensor, classes: int) -> Tensor:

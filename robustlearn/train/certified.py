@@ -5,10 +5,10 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from robustlearn.certify.bounds import elided, interval_bounds, margin_rows
+from robustlearn.certify.bounds import interval_bounds, margin_rows
 from robustlearn.certify.relax import Region, Span_of, backward, lines
 from robustlearn.errors import InputError
-from robustlearn.models.trace import Network, trace
+from robustlearn.models.trace import ACTIVATIONS, Network, trace
 from robustlearn.threats import LpBall
 from robustlearn.train.inner import Craft, evaluating
 from robustlearn.train.objectives import CROSS_ENTROPY, PLAIN, Criterion, Outcome, objective, pgd_at
@@ -117,12 +117,28 @@ def _margins(model: nn.Module, x: Tensor, y: Tensor, threat: LpBall, beta: float
     rows = (single if classes == 1 else margin_rows(y, classes)).to(x)
     owner = torch.arange(len(x), device=x.device).repeat_interleave(rows.shape[1])
     flat = rows.flatten(0, 1)[:, None]
-    found = elided(network, region.select(owner), flat, _rows(spans, owner))
+    found = _elided(network, region.select(owner), flat, _rows(spans, owner))
     if beta:
         relaxed = lines(network, _rows(spans, owner))
         slope, offset = backward(network, network.output, flat, relaxed)
         found = (1 - beta) * found + beta * region.select(owner).least(slope, offset)
     return found.reshape(len(x), -1)
+
+
+def _elided(network: Network, region: Region, rows: Tensor, spans: Span_of) -> Tensor:
+    """Rows·outputs from below (r,), by intervals of the activations before the last layer.
+
+    A row goes through the last affine map as a whole: what two outputs share cancels. Region and
+    spans are one a row.
+    """
+    affine = network.segments[network.output]
+    bound = (rows * affine.offset).flatten(1).sum(1)
+    for source, part in zip(affine.sources, affine.pull(rows), strict=True):
+        curve = ACTIVATIONS.get(network.nodes[source].kind)
+        low, high = region.box if curve is None else map(curve, spans[source])
+        negative = part.clamp(max=0)
+        bound = bound + ((part - negative) * low + negative * high).flatten(1).sum(1)
+    return bound
 
 
 def _compare(network: Network, model: nn.Module, x: Tensor) -> None:
