@@ -67,3 +67,17 @@ def test_it_trains_what_can_be_certified(name):
     fit(net, (x, y), threat, objective=f"{name}:weight=0.5", epochs=8, lr=0.02, validation=None)
     after = rl.certify(net, x, threat, y=y, method="ibp").certified.mean()
     assert after > max(0.9, before + 0.2)
+
+
+class Centred(nn.Linear):
+    def forward(self, x):
+        return super().forward(x - x.mean(0))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("n", [1, 4])
+def test_a_network_that_mixes_its_batch_is_refused(name, n):
+    torch.manual_seed(0)
+    x, y = torch.rand(n, 3), torch.arange(n) % 2
+    with pytest.raises(rl.InputError, match="something else on a batch"):
+        OBJECTIVES[name].function(Centred(3, 2), x, y, THREAT)

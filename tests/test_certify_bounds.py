@@ -1,5 +1,6 @@
 """Bounds of networks: each inside the one before, around everything that can be reached."""
 
+import copy
 import itertools
 import math
 
@@ -197,6 +198,29 @@ class Of(nn.Module):
         return self.function(x)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def operators():
+    """Operators of somebody else's, that bear the names of torch's own."""
+    library = torch.library.Library("robustlearn_tests", "FRAGMENT")
+    for name in ("sum", "tanh"):
+        library.define(f"{name}(Tensor x) -> Tensor")
+        library.impl(name, lambda x: torch.sin(3 * x), "CompositeExplicitAutograd")
+    yield
+    library._destroy()
+
+
+class Straight(torch.autograd.Function):
+    """Rounds, and claims the derivative of what does not."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.floor()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
 @pytest.mark.parametrize(
     ("function", "told"),
     [
@@ -216,6 +240,17 @@ class Of(nn.Module):
         (lambda x: torch.zeros(2, 2), "does not depend"),
         (nn.BatchNorm1d(2), "eval"),
         (nn.LayerNorm(2), "layer_norm"),
+        (lambda x: torch.ops.robustlearn_tests.sum(x), "robustlearn_tests::sum"),
+        (lambda x: torch.ops.robustlearn_tests.tanh(x), "robustlearn_tests::tanh"),
+        (lambda x: x.sum(1, keepdim=True, dtype=torch.int64).float(), "sum.*int64"),
+        (lambda x: x.view(torch.int32).float(), "view.*another type"),
+        (lambda x: torch.zeros(1, 2, dtype=torch.int64).copy_(x).float(), "int64"),
+        (lambda x: copy.deepcopy(x), "cannot be recorded"),
+        (lambda x: x + torch.tensor([0.0, math.nan]), "add takes NaN"),
+        (lambda x: x @ torch.full((2, 2), math.inf), "mm takes NaN or infinity"),
+        (lambda x: x.clamp(min=torch.tensor([0.0, math.inf])), "NaN or infinity"),
+        (lambda x: x + (x.round() - x).detach(), "round"),
+        (lambda x: Straight.apply(x), "cannot be recorded"),
     ],
 )
 def test_what_is_not_known_is_refused_by_name(function, told):
@@ -233,6 +268,61 @@ def test_a_network_that_cuts_its_gradient_is_bounded_as_if_it_did_not():
             for model in (net, Of(lambda x: net(x.detach())))
         ]
         torch.testing.assert_close(*(torch.as_tensor(margin) for margin in margins))
+
+
+WEIGHT = torch.tensor([[0.6, 1.7], [-1.2, 0.4]])
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.add(x, x.flip(1), alpha=2),
+        lambda x: torch.sub(x, x.flip(1), alpha=2),
+        lambda x: x @ WEIGHT.to(torch.int32).to(x.dtype),
+        lambda x: x @ WEIGHT.half().to(x.dtype),
+        lambda x: x @ (WEIGHT > 0).to(x.dtype),
+        lambda x: x * (WEIGHT[0] > 1),
+        lambda x: x.sum(1, keepdim=True, dtype=torch.float64).expand(-1, 2).to(x.dtype),
+        lambda x: x.clamp(torch.tensor([-math.inf, 0.0]), torch.tensor([0.5, math.inf])) * 3,
+        lambda x: x.clamp(min=-x.flip(1)),
+        lambda x: x.data * 2,
+        lambda x: torch.utils.checkpoint.checkpoint(torch.tanh, x, use_reentrant=False),
+        torch.no_grad()(lambda x: torch.relu(x) * 2),
+        torch.inference_mode()(lambda x: torch.relu(x) * 2),
+    ],
+)
+def test_odd_ways_to_compute_are_recorded_as_they_are(function):
+    """What is recorded has the module's values, and its bounds hold them."""
+    net, x = Of(function), torch.zeros(1, 2, dtype=torch.float64)
+    points = torch.rand(400, 2, generator=torch.Generator().manual_seed(0)).double() * 2 - 1
+    network = trace(net, x)
+    with torch.no_grad():
+        values = torch.cat([net(point[None]) for point in points])
+        torch.testing.assert_close(network(points), values)
+        low, high = crown_bounds(network, Region(x, rl.LpBall(math.inf, 1.0)))[network.output]
+    assert (low[0] <= values + 1e-9).all()
+    assert (values <= high[0] + 1e-9).all()
+    assert high.isfinite().all()
+
+
+def test_hooks_are_part_of_the_network():
+    net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2)).double()
+    net[0].register_forward_hook(lambda module, inputs, output: -3 * output)
+    net[2].register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
+    net[2].register_full_backward_hook(lambda module, given, taken: (given[0] * 0,))
+    x = torch.rand(5, 2, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(trace(net, x)(x), net(x))
+
+
+def test_what_overflows_proves_nothing():
+    net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)).double()
+    for parameter in net.parameters():
+        parameter.data.fill_(1e200)
+    x = torch.ones(1, 2, dtype=torch.float64)
+    for bounds in bounded(net, x, rl.LpBall(math.inf, 0.1))[1:]:
+        assert (bounds[0] == -torch.inf).all()
+        assert (bounds[1] == torch.inf).all()
 
 
 def test_no_budget_gives_the_outputs_and_a_huge_one_is_sound():

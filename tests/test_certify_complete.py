@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from programs import least
 from sklearn.datasets import load_digits
 from sklearn.neural_network import MLPClassifier
 from torch import nn
@@ -14,7 +15,6 @@ import robustlearn as rl
 from robustlearn.certify import certified_radius
 from robustlearn.certify.bounds import Deadline, crown_bounds
 from robustlearn.certify.complete import Property, decide, falsify
-from robustlearn.certify.milp import least
 from robustlearn.certify.relax import Region
 from robustlearn.models.trace import trace
 
@@ -82,20 +82,73 @@ def test_the_program_is_exact():
     assert seen <= value + lipschitz * 0.0015 * 2**0.5
 
 
-def test_a_conjunction_is_weighed():
-    """y₀ ≤ 0 and y₁ ≤ 0 for (x, 1 − x): neither row alone stays positive, their sum does."""
-    net = nn.Linear(1, 2).double()
-    net.weight.data = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
-    net.bias.data = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    relu = nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 2)).double()
-    relu[0].load_state_dict(net.state_dict())
-    relu[2].load_state_dict({"weight": torch.eye(2), "bias": torch.full((2,), -0.2)})
-    x, rule = (
-        torch.tensor([[0.5]]).double(),
-        Property(torch.eye(2).double()[None], torch.zeros(1, 2)),
+@pytest.fixture(scope="module")
+def ramps():
+    """y = (x⁺ − 0.2, (1 − x)⁺ − 0.2) of x near ½: never both ≤ 0, their maximum is ≥ 0.3."""
+    net = nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 2)).double()
+    net[0].load_state_dict(
+        {"weight": torch.tensor([[1.0], [-1.0]]), "bias": torch.tensor([0.0, 1.0])}
     )
-    found = decide(trace(relu, x), Region(x, rl.LpBall(math.inf, 2.0)), rule)
+    net[2].load_state_dict({"weight": torch.eye(2), "bias": torch.full((2,), -0.2)})
+    x = torch.tensor([[0.5]]).double()
+    return trace(net, x), Region(x, rl.LpBall(math.inf, 2.0))
+
+
+def test_a_conjunction_is_weighed(ramps):
+    """y₀ ≤ 0 and y₁ ≤ 0: neither row alone stays positive, their sum does."""
+    rule = Property(torch.eye(2).double()[None], torch.zeros(1, 2).double())
+    found = decide(*ramps, rule)
     assert (found.status, found.by) == ("certified", "branch and bound")
+    assert 0 < found.bound <= 0.3
+
+
+def test_the_bound_is_the_least_of_all_groups(ramps):
+    """A second group, y₀ + 0.21 ≤ 0, is settled at once, and nearer than the first."""
+    rows = torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [1.0, 0.0]]]).double()
+    rule = Property(rows, torch.tensor([[0.0, 0.0], [0.21, 0.21]]).double())
+    found = decide(*ramps, rule)
+    assert (found.status, found.by) == ("certified", "branch and bound")
+    assert 0 < found.bound <= 0.01 + 1e-12
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_tie_is_a_violation_where_the_rule_says_so(closed):
+    net = nn.Sequential(nn.Linear(1, 1), nn.ReLU()).double()
+    net[0].load_state_dict({"weight": torch.ones(1, 1), "bias": torch.zeros(1)})
+    x = torch.tensor([[-0.75]]).double()
+    rule = Property(torch.ones(1, 1, 1).double(), torch.zeros(1, 1).double(), closed)
+    found = decide(trace(net, x), Region(x, rl.LpBall(math.inf, 0.25)), rule)
+    assert found.status == ("falsified" if closed else "open")
+
+
+@pytest.mark.parametrize("size", [1e-10, 1e-6, 1.0])
+def test_a_narrow_violation_among_small_weights_is_no_proof(size):
+    """|x/10⁷ − 0.31373| ≤ 10⁻⁵ at x = 3,137,300, in any unit; solvers drop what is below 10⁻⁹."""
+    net = nn.Linear(1, 2, bias=False).double()
+    net.weight.data = size * torch.tensor([[1.0], [-1.0]]).double()
+    x = torch.zeros(1, 1).double()
+    offsets = 1e7 * size * torch.tensor([[-0.31374, 0.31372]]).double()
+    rule = Property(torch.eye(2).double()[None], offsets)
+    found = decide(trace(net, x), Region(x, rl.LpBall(math.inf, 1e7)), rule)
+    assert found.status == "falsified"
+
+
+@pytest.mark.parametrize("seed", [13, 36])
+def test_small_outputs_are_not_proven_by_tolerances(seed):
+    net, x, _ = instance(seed, math.inf, widths=(2, 8, 8, 2))
+    axis = torch.linspace(-1, 1, 101, dtype=torch.float64)
+    grid = x + torch.cartesian_prod(axis, axis)
+    with torch.no_grad():
+        margin = float((net(grid) @ torch.tensor([1.0, -1.0]).double()).min())
+        net[-1].bias[0] -= margin + 4e-3
+        for part in (net[-1].weight, net[-1].bias):
+            part.mul_(1e-7)
+        found = decide(
+            trace(net, x), Region(x, rl.LpBall(math.inf, 1.0)), Property.of_class(0, 2),
+            deadline=Deadline.after(5),
+        )  # fmt: skip
+    assert found.status != "certified"
+    assert found.bound <= -4e-10
 
 
 def test_time_is_kept_and_leaves_it_open():
@@ -167,12 +220,12 @@ def test_a_regressor_is_bounded():
         assert (output**2 <= found.loss).all()
 
 
-def test_weights_that_are_not_numbers_certify_nothing():
+@pytest.mark.parametrize("method", ["ibp", "crown", "alpha_crown", "complete"])
+def test_weights_that_are_not_numbers_are_refused(method):
     net = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2))
     net[0].weight.data[0, 0] = torch.nan
-    for method in ("ibp", "crown", "alpha_crown", "complete"):
-        found = rl.certify(net, torch.rand(3, 2), rl.LpBall(2, 0.1), y=[0, 1, 0], method=method)
-        assert not found.certified.any()
+    with pytest.raises(rl.InputError, match="NaN"):
+        rl.certify(net, torch.rand(3, 2), rl.LpBall(2, 0.1), y=[0, 1, 0], method=method)
 
 
 def test_a_neuron_that_never_wakes_costs_nothing():
@@ -199,6 +252,60 @@ def test_a_network_with_a_memory_is_refused():
 
     with pytest.raises(rl.InputError, match="something else than what was recorded"):
         rl.certify(Counts(), torch.rand(2, 2), rl.LpBall(2, 0.1), method="crown")
+
+
+class Band(nn.Module):
+    """(c, 0) in real arithmetic; in float32 far from it where |x| < 0.1, a tenth of the box."""
+
+    def forward(self, x):
+        large = torch.relu(1 - (10 * x).abs()) * 1e6
+        third = large / 3
+        return torch.cat([third + third + third - large + 0.01, x * 0], 1)
+
+
+@pytest.mark.parametrize("method", ["ibp", "crown", "complete"])
+def test_rounding_where_nobody_looked_is_allowed_for(method):
+    net, points = Band(), torch.linspace(-0.1, 0.1, 501)[:, None]
+    margin = float((net(points) @ torch.tensor([1.0, -1.0])).min())
+    assert margin < 0
+    found = rl.certify(
+        net, torch.full((1, 1), 0.5), rl.LpBall(math.inf, 1.0), y=[0], method=method, seconds=0.2
+    )
+    assert not found.certified.any()
+    assert found.margin[0] <= margin
+
+
+def test_rounding_is_expected_as_it_is_seen():
+    torch.manual_seed(0)
+    layers = [nn.Linear(50, 80), nn.Tanh(), nn.Linear(80, 80), nn.ReLU(), nn.Linear(80, 4)]
+    net, x = nn.Sequential(*layers), torch.rand(40, 50)
+    network, low = trace(net, x), x[:, None].double()
+    with torch.no_grad():
+        seen = (net(x).double() - network(x.double())).abs().amax(1)
+        expected = network.rounding(low - 0.1, low + 0.1, network.unit)
+    assert (seen <= 3 * expected).all()
+    assert (expected <= 1e-4).all()
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_what_mixes_a_batch_is_refused(n):
+    class Centred(nn.Module):
+        def forward(self, x):
+            return x - x.mean(0)
+
+    with pytest.raises(rl.InputError, match="other samples of a batch"):
+        rl.certify(Centred(), torch.zeros(n, 2), rl.LpBall(2, 0.0), y=[0] * n, method="ibp")
+
+
+def test_a_budget_of_passes_has_one_result(digits):
+    net, x, y = digits
+    found = [
+        rl.certify(net, x, rl.LpBall(math.inf, 0.03), y=y, passes=passes).margin
+        for passes in (20, 20, 0)
+    ]
+    np.testing.assert_array_equal(found[0], found[1])
+    assert (found[0] >= found[2]).all()
+    assert (found[0] > found[2]).any()
 
 
 def test_what_stands_in_the_way_is_named():

@@ -8,11 +8,10 @@ import pytest
 import torch
 
 import robustlearn as rl
-from robustlearn.certify import vnnlib
 from robustlearn.certify.bounds import Deadline
 from robustlearn.certify.complete import Property, decide
 from robustlearn.certify.relax import Region
-from robustlearn.cli import run
+from robustlearn.cli import run, vnnlib
 from robustlearn.models import onnx as reader
 from robustlearn.models.trace import trace
 
@@ -65,6 +64,8 @@ def written(path, unsafe, low=-0.4, high=0.4):
         ("(assert (or (and (>= Y_0 0.5) (<= Y_0 0.6)) (and (<= Y_1 0.5))))", "sat"),
         ("(assert (and (>= Y_0 0.5) (<= Y_0 0.4)))", "unsat"),
         ("(assert (<= Y_0 -1e-3))", "unsat"),
+        ("(assert (<= Y_1 1.0))(assert (>= Y_0 0.7))", "sat"),  # Y_1 is 1
+        ("(assert (or (and (>= X_0 1) (<= Y_0 9)) (and (<= X_0 0.1) (>= Y_0 0.9))))", "unsat"),
     ],
 )
 def test_answers(absolute, tmp_path, unsafe, answer, capsys):
@@ -91,6 +92,18 @@ def test_no_time_is_unknown(absolute, tmp_path, capsys):
     [
         ("(assert (>= Y_0 Y_7))", "Y_7"),
         ("(assert (>= X_0 X_1))", "relates"),
+        ("(assert (>= X_0 Y_1))", "relates"),
+        ("(assert (<= (+ Y_0 Y_1) 1.0))", r"got \(\+ Y_0 Y_1\)"),
+        ("(assert (<= Y_0 abc))", "finite number; got abc"),
+        ("(assert (<= Y_0 nan))", "finite number; got nan"),
+        ("(assert (<= X_0 inf))", "finite number; got inf"),
+        ("(assert (<= Y_-1 0.5))", "got Y_-1"),
+        ("(assert (>= Y_0 1) (>= Y_1 1))", "declare-const and assert"),
+        ("(assert Y_0)", "got Y_0"),
+        ("(assert ((<= Y_0 1)))", "got"),
+        ("()", r"got \(\)"),
+        ("words", "got words"),
+        ("(assert (>= X_0 5))(assert (>= Y_0 1))", "no input is asked for"),
         ("(assert (= Y_0 1))", "expected"),
         ("(assert (>= Y_0 1)", "not closed"),
         ("(define-fun f () Real 1)", "declare-const and assert"),
@@ -128,6 +141,106 @@ def test_operators_are_those_of_torch(tmp_path):
     read = reader.read(path)
     torch.testing.assert_close(read(x), here(x))
     torch.testing.assert_close(trace(read, x)(x.double()).float(), here(x))
+
+
+def written_as(node, weights=None, shape=(2, 4, 4), opset=15):
+    """A network of one operator from x to y."""
+    graph = helper.make_graph(
+        [*node] if isinstance(node, list) else [node],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, *shape])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(np.asarray(w), n) for n, w in (weights or {}).items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
+
+
+def made(kind, *inputs, **options):
+    return helper.make_node(kind, ["x", *inputs], ["y"], **options)
+
+
+RANDOM = np.random.default_rng(0)
+KERNEL = RANDOM.normal(size=(2, 2, 2)).astype(np.float32)
+FILTER = RANDOM.normal(size=(3, 1, 2, 2)).astype(np.float32)
+SQUARE = RANDOM.normal(size=(4, 4)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("node", "weights", "shape"),
+    [
+        (made("AveragePool", kernel_shape=[2, 2], pads=[1, 1, 1, 1]), None, (2, 4, 4)),
+        (made("AveragePool", kernel_shape=[2, 2], count_include_pad=1, pads=[1] * 4), None, None),
+        (made("MaxPool", kernel_shape=[2, 2], dilations=[2, 2]), None, None),
+        (made("GlobalAveragePool"), None, (2, 5)),
+        (made("GlobalAveragePool"), None, None),
+        (made("GlobalAveragePool"), None, (2, 2, 3, 2)),
+        (made("Conv", "k", pads=[1, 0]), {"k": KERNEL}, (2, 5)),
+        (made("Conv", "k", group=2, strides=[2, 1]), {"k": FILTER.repeat(2, 0)}, None),
+        (made("Conv", "k"), {"k": FILTER[:, :, None]}, (1, 2, 3, 3)),
+        (made("Squeeze", "a"), {"a": np.array([2])}, (2, 1, 1)),
+        (made("Transpose", perm=[0, 2, 1, 3]), None, None),
+        (made("Reshape", "s"), {"s": np.array([-1, 8, 4])}, None),
+        (made("Reshape", "s"), {"s": np.array([0, -1])}, None),
+        (helper.make_node("MatMul", ["w", "x"], ["y"]), {"w": SQUARE}, None),
+        (made("BatchNormalization", *"wwww"), {"w": np.ones(2, np.float32)}, None),
+        ([helper.make_node("Constant", [], ["c"], value_float=0.3), made("Mul", "c")], None, None),
+        (
+            [helper.make_node("Transpose", ["w"], ["t"]), made("MatMul", "t")],
+            {"w": SQUARE},
+            None,
+        ),
+        (
+            [helper.make_node("Reshape", ["w", "s"], ["t"]), made("Add", "t")],
+            {"w": SQUARE.repeat(2, 0), "s": np.array([1, 2, 4, 4])},
+            None,
+        ),
+    ],
+)
+def test_operators_are_those_of_the_standard(node, weights, shape):
+    from onnx.reference import ReferenceEvaluator
+
+    shape = shape or (2, 4, 4)
+    model, x = written_as(node, weights, shape), torch.rand(1, *shape)
+    (expected,) = ReferenceEvaluator(model).run(None, {"x": x.numpy()})
+    found = reader.OnnxNetwork(model)(x)
+    np.testing.assert_allclose(found[0], np.asarray(expected).ravel(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("node", "weights", "shape", "told"),
+    [
+        (made("MaxPool", kernel_shape=[2], strides=[2]), None, (2, 4), "MaxPool of 3 dim"),
+        (made("AveragePool", kernel_shape=[2]), None, (2, 4), "AveragePool of 3 dim"),
+        (made("AveragePool", kernel_shape=[2, 2], dilations=[2, 2]), None, None, "dilations"),
+        (made("MaxPool", kernel_shape=[2, 2], ceil_mode=1), None, None, "ceil_mode"),
+        (made("Conv", "k", auto_pad="SAME_UPPER"), {"k": FILTER}, (1, 4, 4), "auto_pad"),
+        (made("Flatten", axis=2), None, None, "axis"),
+        (made("Squeeze", "a"), {"a": np.array([0])}, (2, 4), "axes"),
+        (made("Squeeze"), None, (1, 4), "axes"),
+        (made("Transpose"), None, None, "moves the batch"),
+        (made("Reshape", "s"), {"s": np.array([2, 16])}, None, "apart"),
+        (made("Add", "w"), {"w": np.ones((3, 4), np.float32)}, (4,), "batch is lost"),
+        (made("Gemm", "w", transA=1), {"w": SQUARE}, (4,), "transA"),
+        (helper.make_node("Gemm", ["w", "x"], ["y"]), {"w": SQUARE}, (4,), "depend on the input"),
+        (made("BatchNormalization", *"wwww", training_mode=1), {"w": np.ones(2)}, None, "training"),
+        (made("Relu", domain="com.example"), None, None, "com.example.Relu"),
+        (made("Relu", surprise=1), None, None, "surprise"),
+        (helper.make_node("Add", ["x", "z"], ["y"]), None, None, "'z'"),
+    ],
+)
+def test_what_an_operator_cannot_be_given_is_named(node, weights, shape, told):
+    shape = shape or (2, 4, 4)
+    with pytest.raises(rl.InputError, match=told):
+        reader.OnnxNetwork(written_as(node, weights, shape))(torch.rand(1, *shape))
+
+
+def test_old_files_and_batches_are_refused():
+    with pytest.raises(rl.InputError, match="opset 6"):
+        reader.OnnxNetwork(written_as(made("Relu"), opset=6))
+    model = written_as(made("Relu"))
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 3
+    with pytest.raises(rl.InputError, match="batch of one"):
+        reader.OnnxNetwork(model)
 
 
 def test_files_that_are_no_network(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robustlearn.certify.relax import Region, Span, Span_of, backward, lines
-from robustlearn.models.trace import ACTIVATIONS, Network
+from robustlearn.models.trace import Network
 
 WORK = 2**19  # numbers in a working array: some of them fit into a cache
 ALONE = 32  # rows from which a sample is looked at by itself
@@ -80,6 +80,12 @@ def crown_bounds(
     return {**known, network.output: spans[network.output]}
 
 
+def open_neurons(network: Network, i: int, span: Span) -> Tensor:
+    """Return which neurons of an activation a tighter bound would serve, (n, neurons)."""
+    low, high = (side.flatten(1) for side in span)
+    return (low < 0) & (high > 0) if network.nodes[i].kind == "relu" else high > low
+
+
 def _refined(
     network: Network, region: Region, i: int, spans: Span_of, span: Span, deadline: Deadline,
     steps: int,
@@ -87,7 +93,7 @@ def _refined(
     """Bound the neurons of an activation from both sides by rows ±e_j, some at a time."""
     shape = span[0].shape
     low, high = (side.flatten(1).clone() for side in span)
-    open_ = (low < 0) & (high > 0) if network.nodes[i].kind == "relu" else high > low
+    open_ = open_neurons(network, i, span)
     owners, places = open_.nonzero().unbind(1)
     for mine, at in _chunks(owners, places, max(1, WORK // (2 * network.width))):
         if deadline.passed:
@@ -124,7 +130,6 @@ def row_bounds(
     spans: Span_of,
     *,
     steps: int = 0,
-    enough: float = math.inf,
 ) -> Tensor:
     """min over the region of rows·z, from below, (r,); by α-CROWN if ``steps``.
 
@@ -133,13 +138,13 @@ def row_bounds(
     target : what z enters, or the output; rows : (r, *z).
     owner : (r,) the sample of each row, or (1,) that of all.
     spans : of the target, which hold the result too, and of the activations before.
-    enough : the ascent ends once all rows are above.
     """
     mine = region.select(owner)
     before = {i: (s[0][owner], s[1][owner]) for i, s in spans.items() if i < target}
     negative = rows.clamp(max=0)
     low, high = (side[owner] for side in spans[target])
     floor = ((rows - negative) * low + negative * high).flatten(1).sum(1)
+    floor = torch.where(floor.isfinite(), floor, -torch.inf)  # 0·∞ where a span is not known
     if not steps:
         found = mine.least(*backward(network, target, rows, lines(network, before)))
         return torch.maximum(found, floor)
@@ -152,29 +157,13 @@ def row_bounds(
             bound = mine.least(*backward(network, target, rows, relaxed))
             loss = -bound.sum()
         best = torch.maximum(best, bound.detach())
-        if step == steps or not loss.requires_grad or bool((best > enough).all()):
+        if step == steps or not loss.requires_grad:
             break
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         alpha.clip()
     return best
-
-
-def elided(network: Network, region: Region, rows: Tensor, spans: Span_of) -> Tensor:
-    """Rows·outputs from below (r,), by intervals of the activations before the last layer.
-
-    A row goes through the last affine map as a whole: what two outputs share cancels. Region and
-    spans are one a row.
-    """
-    affine = network.segments[network.output]
-    bound = (rows * affine.offset).flatten(1).sum(1)
-    for source, part in zip(affine.sources, affine.pull(rows), strict=True):
-        curve = ACTIVATIONS.get(network.nodes[source].kind)
-        low, high = region.box if curve is None else map(curve, spans[source])
-        negative = part.clamp(max=0)
-        bound = bound + ((part - negative) * low + negative * high).flatten(1).sum(1)
-    return bound
 
 
 def margin_rows(label: Tensor, classes: int) -> Tensor:

@@ -3,15 +3,19 @@
 First a short attack, then intervals, CROWN and α-CROWN, then branch and bound over the signs of
 ReLU: each box is split where a look ahead promises most, its bound is raised in the slopes α and
 the multipliers β of its signs, and the corner that minimises each linear bound is tried as a
-counterexample (Wang et al., 2021). A box whose signs are all given is a linear program.
+counterexample (Wang et al., 2021). Where all signs are given the network is affine, and β come
+from a linear program. No solver is trusted: bounds are evaluated here, points tried.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from scipy import optimize
 from torch import Tensor
 
+from robustlearn._tensor import flat
 from robustlearn.certify.bounds import (
     NEVER,
     Deadline,
@@ -21,7 +25,6 @@ from robustlearn.certify.bounds import (
     row_bounds,
     spread,
 )
-from robustlearn.certify.milp import SMALL, least
 from robustlearn.certify.relax import Lines, Region, Span_of, backward, lines
 from robustlearn.models.trace import Network
 
@@ -32,17 +35,22 @@ AHEAD = 4  # neurons that are tried
 RATES = {"alpha": 0.1, "beta": 0.05, "weight": 0.2}
 RAISED, REFINED = 20, 10  # steps of ascent for a row, for each neuron whose sign is open
 SHARE = 0.3  # of the time that is left, for the latter
+ROUNDED, FLOAT64 = 100, torch.finfo(torch.float64).eps / 2  # standard deviations of rounding
+CUTS = 100  # planes that may stand for a ball in a linear program
+CLEAR = 1e-9  # value of a linear program in units of its planes, from which it is no rounding
 
 
 @dataclass(frozen=True, eq=False)
 class Property:
     """What must not be: for some group, rows·y + offsets ≤ 0 in all of its rows.
 
-    ``rows`` are (g, m, K) and ``offsets`` (g, m), padded by repeating a row.
+    ``rows`` are (g, m, K) and ``offsets`` (g, m), padded by repeating a row. Unless ``closed``, a
+    value of 0 alone is no violation: the class may win that tie.
     """
 
     rows: Tensor
     offsets: Tensor
+    closed: bool = False
 
     @classmethod
     def of_class(cls, label: int, classes: int) -> "Property":
@@ -54,9 +62,19 @@ class Property:
         """Return max over the rows of a group, (n, g): ≤ 0 where the property is violated."""
         return (torch.einsum("gmk,nk->ngm", self.rows, output) + self.offsets).amax(2)
 
+    @property
+    def size(self) -> float:
+        """The largest offset."""
+        return float(self.offsets.abs().max())
+
+    def violated(self, output: Tensor) -> Tensor:
+        """Tell which outputs are what must not be, (n,)."""
+        value = self.value(output).amin(1)
+        return value <= 0 if self.closed else value < 0
+
     def select(self, groups: Tensor) -> "Property":
         """Return some of its groups."""
-        return Property(self.rows[groups], self.offsets[groups])
+        return replace(self, rows=self.rows[groups], offsets=self.offsets[groups])
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,16 +101,17 @@ def decide(
     slack: float = 0.0,
     dtype: torch.dtype = torch.float64,
     deadline: Deadline = NEVER,
-    generator: torch.Generator | int = 0,
 ) -> Verdict:
     """Decide whether a property holds all over the region of one sample.
 
     Parameters
     ----------
     region : of one sample in float64; rule : what must not be.
-    slack : by how much rows must stay positive, for the rounding of whoever runs the network.
+    slack : by how much rows must stay positive, for the rounding of whoever runs the network; that
+        of the bounds themselves is added.
     dtype : that a witness must be representable in, and is attained in.
     """
+    slack += ROUNDED * float(network.rounding(*region.box, FLOAT64)[0] + FLOAT64 * rule.size)
     bound = torch.full((len(rule.rows),), -torch.inf, dtype=region.x.dtype)
     open_, by = torch.arange(len(rule.rows)), ""
     for by, spans, steps in _stages(network, region, deadline):
@@ -106,13 +125,14 @@ def decide(
         if not len(open_):
             return Verdict("certified", by, float(bound.min()))
         if by == "crown_ibp":
-            witness = falsify(network, region, rule, dtype, generator)
+            witness = falsify(network, region, rule, dtype)
             if witness is not None:
                 return Verdict("falsified", "attack", -torch.inf, witness)
         if deadline.passed:
             return Verdict("open", by, float(bound.min()))
     tree = _Tree(network, region, rule.select(open_), spans, slack, dtype)
-    return tree.search(bound[open_], deadline)
+    verdict = tree.search(bound[open_], deadline)
+    return replace(verdict, bound=min([verdict.bound, *bound[bound > slack].tolist()]))
 
 
 def _stages(
@@ -133,7 +153,6 @@ def falsify(
     region: Region,
     rule: Property,
     dtype: torch.dtype = torch.float64,
-    generator: torch.Generator | int = 0,
     *,
     steps: int = 40,
     restarts: int = 4,
@@ -143,13 +162,12 @@ def falsify(
     δ ← (1 − γ)δ + γ·argmax⟨−∇, ·⟩ stays in every convex threat; γ falls from 1/2.
     """
     threat, groups = region.threat, len(rule.rows)
+    if not threat.convex or threat.p == 0:
+        return None
     x = region.x.expand(groups * restarts, *region.x.shape[1:])
     target = torch.arange(groups).repeat_interleave(restarts)
     ball = threat.select(torch.zeros(len(x), dtype=torch.long))
-    delta = torch.zeros_like(x)
-    if not threat.convex or threat.p == 0:
-        return None
-    signs = torch.randn(x.shape, generator=_generator(generator), dtype=x.dtype)
+    signs = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
     delta = ball.argmax(signs, x)
     delta[::restarts] = 0
     for step in range(steps):
@@ -168,12 +186,6 @@ def falsify(
     return confirmed(network, region, rule, x + delta, dtype)
 
 
-def _generator(seed: torch.Generator | int) -> torch.Generator:
-    if isinstance(seed, torch.Generator):
-        return seed
-    return torch.Generator().manual_seed(seed)
-
-
 def confirmed(
     network: Network, region: Region, rule: Property, points: Tensor, dtype: torch.dtype
 ) -> Tensor | None:
@@ -184,8 +196,7 @@ def confirmed(
     ball = region.threat.select(torch.zeros(len(points), dtype=torch.long))
     inside = ball.enclose(x.to(dtype), points).double()
     with torch.no_grad():
-        wrong = (rule.value(network(inside)) < 0).any(1)
-    wrong &= ball.contains(x, inside)
+        wrong = rule.violated(network(inside)) & ball.contains(x, inside)
     return inside[wrong][0] if bool(wrong.any()) else None
 
 
@@ -221,7 +232,6 @@ class _Tree:
     ) -> None:  # fmt: skip
         self.network, self.region, self.rule = network, region, rule
         self.spans, self.slack, self.dtype = spans, slack, dtype
-        self.base = lines(network, spans)
         self.places: dict[int, Tensor] = {}
         self.parts: dict[int, slice] = {}
         count = 0
@@ -232,6 +242,7 @@ class _Tree:
                 self.parts[i] = slice(count, count + len(self.places[i]))
                 count += len(self.places[i])
         self.count = count
+        self.curves = lines(network, {i: s for i, s in spans.items() if i not in self.parts})
         self.batch = max(8, min(BOXES, NUMBERS // network.width))
 
     def search(self, bound: Tensor, deadline: Deadline) -> Verdict:
@@ -241,49 +252,61 @@ class _Tree:
                   if i in self.places]  # fmt: skip
         slopes = torch.cat(chosen or [torch.zeros(0)]).half().expand(len(bound), -1)
         boxes = _Boxes(torch.arange(len(bound)), start.to(torch.int8), slopes, start, bound)
-        done, proven = 0, torch.inf
+        done, status, least = 0, "certified", torch.inf  # of the boxes that are not split further
         while len(boxes):
             if deadline.passed:
-                return Verdict("open", "branch and bound", float(boxes.bound.min()), None, done)
+                status, least = "open", min(least, float(boxes.bound.min()))
+                break
             order = boxes.bound.argsort()
             now, boxes = boxes.take(order[: self.batch]), boxes.take(order[self.batch :])
             done += len(now)
-            now, gains, corner = self._raised(now)
-            witness = confirmed(self.network, self.region, self.rule, corner, self.dtype)
+            now, gains, points = self._raised(now)
+            split = ~(now.bound > self.slack) & (now.signs == 0).any(1)
+            for row in (~(now.bound > self.slack) & ~split).nonzero().flatten().tolist():
+                now.bound[row], points[row] = self._programmed(now.take(torch.tensor([row])))
+            witness = confirmed(self.network, self.region, self.rule, points, self.dtype)
             if witness is not None:
                 return Verdict("falsified", "branch and bound", -torch.inf, witness, done)
-            open_ = ~(now.bound > self.slack)
-            proven = min(proven, float(now.bound[~open_].min()) if not open_.all() else proven)
-            split = open_ & (now.signs == 0).any(1)
-            ended = (open_ & ~split).nonzero().squeeze(1)
-            if len(ended):
-                verdict = self._ended(now.take(ended), done)
-                if verdict is not None:
-                    return verdict
+            least = min([least, *now.bound[~split].tolist()])
+            status = status if least > self.slack else "open"
             if bool(split.any()):
                 boxes = boxes.join(self._children(now.take(split), gains[split]))
-        return Verdict("certified", "branch and bound", proven, None, done)
+        return Verdict(status, "branch and bound", least, None, done)
 
-    def _ended(self, boxes: _Boxes, done: int) -> Verdict | None:
-        """Settle boxes all of whose signs are given, by linear programs."""
-        for row in range(len(boxes)):
-            signs = {i: boxes.signs[row, part] for i, part in self.parts.items()}
-            worst = torch.inf
-            if self.count > SMALL or len(self.parts) < len(self.network.activations):
-                return Verdict("open", "branch and bound", float(boxes.bound[row]), None, done)
-            group = int(boxes.group[row])
-            rows, offsets = self.rule.rows[group], self.rule.offsets[group]
-            worst, point = least(
-                self.network, self.region, rows, offsets, self.spans, self.places, signs, self.slack
-            )
-            if worst > self.slack:
-                continue
-            witness = None if point is None else confirmed(
-                self.network, self.region, self.rule, point[None], self.dtype
+    def _programmed(self, box: _Boxes) -> tuple[float, Tensor]:
+        """Bound a box all of whose signs are given, and return where that is attained.
+
+        min over the region of max(rows·y + offsets − slack, −s·z), all of them affine there: > 0
+        is a proof, < 0 a violation. The duals of a linear program, whatever its tolerances, are
+        weights of the rows and β at which `_bound` holds (Neumaier and Shcherbina, 2004). A ball
+        that is no box is cut out by planes ⟨g, δ⟩ ≤ support(g), g the gradient of its norm at the
+        point found.
+        """
+        relaxed = self._relaxed(box.signs)
+        slope, offset = self._planes(box, relaxed)
+        low, high = (side.flatten().numpy() for side in self.region.box)
+        middle, radius = (low + high) / 2, (high - low) / 2
+        matrix, floor = slope * radius, slope @ middle + offset
+        size = np.abs(matrix).sum(1) + np.abs(floor) + np.finfo(float).tiny
+        above = np.concatenate([matrix / size[:, None], -np.ones((len(size), 1))], 1)
+        below, best, point = -floor / size, float(box.bound), self.region.x[0]
+        for _ in range(CUTS):
+            found = optimize.linprog(
+                np.eye(len(low) + 1)[-1], above, below,
+                bounds=[(-1, 1)] * len(low) + [(None, None)],
             )  # fmt: skip
-            status = "open" if witness is None else "falsified"
-            return Verdict(status, "branch and bound", worst, witness, done)
-        return None
+            if found.status:
+                break
+            point = torch.as_tensor(middle + radius * found.x[:-1]).reshape(self.region.x.shape)
+            if found.fun > CLEAR:
+                duals = -found.ineqlin.marginals[: len(size)].clip(max=0)
+                best = max(best, self._dual(box, relaxed, duals, size))
+            if self.region.is_box or best > self.slack:
+                break
+            normal, reach, point = self._cut(point)
+            above = np.append(above, [[*(normal * radius), 0.0]], 0)
+            below = np.append(below, reach - normal @ middle)
+        return best, point.reshape(self.region.x[0].shape)
 
     def _raised(self, boxes: _Boxes) -> tuple[_Boxes, Tensor, Tensor]:
         """Raise the bounds in α, β and the weights of the rows; return also gains and corners."""
@@ -295,12 +318,12 @@ class _Tree:
         weight = rows.new_zeros(rows.shape[:2]).requires_grad_()
         given = {"alpha": alpha, "beta": beta, "weight": weight}
         optimizer = torch.optim.Adam([{"params": [v], "lr": RATES[k]} for k, v in given.items()])
-        fixed = self._fixed(boxes.signs)
+        relaxed = self._relaxed(boxes.signs)
         best = boxes.bound.clone()
         gains: dict[int, Tensor] = {}
         for step in range(STEPS + 1):
             with torch.enable_grad():
-                bound, slope = self._bound(boxes, fixed, alpha, beta, weight, gains)
+                bound, slope = self._bound(boxes, relaxed, alpha, beta, weight.softmax(1), gains)
             best = torch.maximum(best, bound.detach())
             low = ~(best > self.slack)
             if step == STEPS or not bool(low.any()):
@@ -316,35 +339,31 @@ class _Tree:
         raised = _Boxes(boxes.group, boxes.signs, alpha.detach().half(), beta.detach().half(), best)
         return raised, -cost, self.region.corner(slope)
 
-    def _fixed(self, signs: Tensor) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
-        """Return over, above, and under without what α adds, (boxes, neurons) by activation."""
-        found = {}
+    def _relaxed(self, signs: Tensor) -> dict[int, Lines]:
+        """Return the lines of boxes: exact where a sign is given."""
+        spans = {}
         for i, part in self.parts.items():
-            given, places, line = signs[:, part], self.places[i], self.base[i]
-            on, free = (given > 0).to(line.over.dtype), given == 0
-            over = torch.where(free, line.over.flatten()[places], on)
-            above = torch.where(free, line.above.flatten()[places], 0)
-            lines_ = (line.over, line.above, line.under)
-            whole = [t.flatten().expand(len(signs), -1).clone() for t in lines_]
-            for mixed, values in zip(whole, (over, above, on), strict=True):
-                mixed[:, places] = values
-            found[i] = whole[0], whole[1], whole[2]
-        return found
+            places, shape = self.places[i], (len(signs), *self.spans[i][0].shape[1:])
+            low, high = (side.flatten(1).repeat(len(signs), 1) for side in self.spans[i])
+            low[:, places] = torch.where(signs[:, part] > 0, 0, low[:, places])
+            high[:, places] = torch.where(signs[:, part] < 0, 0, high[:, places])
+            spans[i] = low.reshape(shape), high.reshape(shape)
+        return {**self.curves, **lines(self.network, spans)}
 
     def _bound(
-        self, boxes: _Boxes, fixed: dict[int, tuple[Tensor, Tensor, Tensor]], alpha: Tensor,
-        beta: Tensor, weight: Tensor, gains: dict[int, Tensor],
+        self, boxes: _Boxes, exact: Mapping[int, Lines], alpha: Tensor, beta: Tensor,
+        share: Tensor, gains: dict[int, Tensor],
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Bound the rows by shares, with slopes α under what is open and β of what is given."""
         free = boxes.signs == 0
-        relaxed, shifts = {i: line for i, line in self.base.items() if i not in fixed}, {}
-        for i, (over, above, under) in fixed.items():
-            shape = (len(boxes), *self.base[i].over.shape[1:])
-            part, places = self.parts[i], self.places[i]
-            slopes = under.index_add(1, places, alpha[:, part] * free[:, part])
-            relaxed[i] = Lines(*(t.reshape(shape) for t in (slopes, over, above)))
-            pull = beta[:, part] * boxes.signs[:, part]
-            shifts[i] = spread(pull, places, torch.Size(shape))
-        share = weight.softmax(1)
+        relaxed, shifts = dict(exact), {}
+        for i, part in self.parts.items():
+            line, places = exact[i], self.places[i]
+            under = line.under.flatten(1)
+            chosen = torch.where(free[:, part], alpha[:, part], under[:, places])
+            under = under.index_copy(1, places, chosen)
+            relaxed[i] = replace(line, under=under.reshape(line.under.shape))
+            shifts[i] = spread(beta[:, part] * boxes.signs[:, part], places, line.under.shape)
         rows = (share[:, :, None] * self.rule.rows[boxes.group]).sum(1)
         slope, offset = backward(
             self.network, self.network.output, rows[:, None], relaxed, shifts, gains
@@ -381,8 +400,44 @@ class _Tree:
         for rows in torch.arange(len(boxes)).split(self.batch):
             some = boxes.take(rows)
             alpha, beta = some.alpha.to(self.region.x.dtype), some.beta.to(self.region.x.dtype)
-            weight = alpha.new_zeros(len(some), self.rule.rows.shape[1])
+            share = alpha.new_ones(len(some), self.rule.rows.shape[1]) / self.rule.rows.shape[1]
             with torch.no_grad():
-                fixed = self._fixed(some.signs)
-                found.append(self._bound(some, fixed, alpha, beta, weight, {})[0])
+                relaxed = self._relaxed(some.signs)
+                found.append(self._bound(some, relaxed, alpha, beta, share, {})[0])
         return torch.cat(found)
+
+    def _planes(self, box: _Boxes, relaxed: Mapping[int, Lines]) -> tuple[np.ndarray, np.ndarray]:
+        """Return slopes and offsets, by x, of rows·y + offsets − slack and of −s·z."""
+        group, count = int(box.group), self.rule.offsets.shape[1]
+        asked = [(self.network.output, self.rule.rows[group][:, None])]
+        for i, part in self.parts.items():
+            signs = torch.diag(box.signs[0, part].to(self.region.x.dtype))
+            if len(signs):
+                asked.append((i, spread(-signs, self.places[i], self.spans[i][0].shape)))
+        found = [backward(self.network, i, rows, relaxed) for i, rows in asked]
+        slope = torch.cat([flat(slope) for slope, _ in found]).numpy()
+        offset = torch.cat([offset for _, offset in found]).numpy()
+        offset[:count] += self.rule.offsets[group].numpy() - self.slack
+        return slope, offset
+
+    def _dual(
+        self, box: _Boxes, relaxed: Mapping[int, Lines], duals: np.ndarray, size: np.ndarray
+    ) -> float:
+        """Bound a box with multipliers of planes of unit size; −∞ if that may be rounding."""
+        count = self.rule.offsets.shape[1]
+        duals[:count] += CLEAR  # if no point has these signs, the rows had no weight
+        share, beta = torch.as_tensor(duals / size)[None].split([count, self.count], 1)
+        total = share.sum()
+        bound, _ = self._bound(box, relaxed, beta, beta / total, share / total, {})
+        return float(bound) if float((bound - self.slack) * total) > CLEAR else -np.inf
+
+    def _cut(self, point: Tensor) -> tuple[np.ndarray, float, Tensor]:
+        """Return ⟨g, x'⟩ ≤ c, which cuts off a point outside, and the nearest towards x inside."""
+        x, threat = self.region.x, self.region.threat
+        with torch.enable_grad():
+            delta = (point - x).requires_grad_()
+            norm = threat.norm(delta)
+            (normal,) = torch.autograd.grad(norm.sum(), delta)
+        reach = threat.support(normal, x) + (flat(normal) * flat(x)).sum(1)
+        share = (torch.as_tensor(threat.eps) / norm.detach()).clamp(max=1).nan_to_num(1)
+        return flat(normal)[0].numpy(), float(reach), x + delta.detach() * share

@@ -1,7 +1,8 @@
 """Certificates of networks: intervals, CROWN, α-CROWN, and branch and bound within a budget."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +15,10 @@ from robustlearn.certify.bounds import (
     crown_bounds,
     interval_bounds,
     margin_rows,
+    open_neurons,
     row_bounds,
 )
-from robustlearn.certify.complete import RAISED, REFINED, Property, decide
+from robustlearn.certify.complete import RAISED, REFINED, Property, Verdict, decide
 from robustlearn.certify.relax import Region, Span_of
 from robustlearn.errors import InputError
 from robustlearn.models import Model
@@ -24,8 +26,10 @@ from robustlearn.models.trace import Network
 from robustlearn.threats import LpBall
 
 TOGETHER = 16  # samples that are bounded at once
-LOOKS = 4  # members of a threat at which the model is compared with what was recorded of it
-ROOM = 10  # times the largest difference, which a margin must exceed
+DOUBLE = 3  # passes in float32 that one in float64 costs
+RELATIVE = 6  # passes of a certificate that `evaluate` pays for one of its attacks
+SHARES = (1.0, 0.5, 1.0)  # of the way to the boundary, where the model is compared with its record
+ROOM = 10  # times the largest or expected difference, which a margin must exceed
 BOTH = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)  # of a regressor's prediction
 DOUBLE = 3  # passes in float32 that one in float64 costs
 AGREES = 1e-3  # largest difference, in units of the outputs, that rounding explains
@@ -43,35 +47,121 @@ def _bounded(model: Model, threat: LpBall, x: Tensor) -> bool:
     return model.task == "classification" and _applies(model, threat, x)
 
 
-def _effort(network: Network) -> float:
-    """About how many passes of a sample in float32 the backward passes of CROWN cost."""
-    total, cost = 0, 0
-    for i, node in enumerate(network.nodes):
-        if node.kind != "constant":
-            total += math.prod(node.shape)
-        if i in network.activations and network.segments[i].sources != (0,):
-            cost += math.prod(node.shape) * total
-    return DOUBLE * cost / total
+class _Samples:
+    """Samples of a model as it was recorded, and what is proven of them.
+
+    Attributes
+    ----------
+    least : lower bounds of all margins (n, K − 1), or of ± the prediction (n, 2), from which
+        ``slack`` (n,) is still to be taken.
+    label : (n,) classes that must hold; None for a regressor.
+    """
+
+    def __init__(self, model: Model, x: Tensor, threat: LpBall, y: Tensor | None) -> None:
+        self.network, self.slack = recorded(model, x, threat)
+        self.x, self.threat = x.detach().cpu().double(), threat
+        self.output = self.network(self.x)
+        self.y = None if y is None else y.detach().cpu()
+        self.label = None
+        if model.task != "regression":
+            self.label = self.output.argmax(1) if self.y is None else self.y.long()
+        self.least = self.output.new_empty(len(x), 0)
+
+    def bound(self, spans: Callable[[Region], Span_of], steps: int = 0) -> "_Samples":
+        """Bound the margins of all, some at a time."""
+        parts = torch.arange(len(self.x)).split(TOGETHER)
+        with torch.no_grad():
+            self.least = torch.cat([self._found(part, spans, steps) for part in parts])
+        return self
+
+    def improve(self, chosen: Tensor, spans: Callable[[Region], Span_of]) -> None:
+        """Bound the margins of some once more."""
+        with torch.no_grad():
+            for part in chosen.split(TOGETHER) if len(chosen) else ():
+                self.least[part] = torch.maximum(self.least[part], self._found(part, spans, 0))
+
+    def _found(self, part: Tensor, spans: Callable[[Region], Span_of], steps: int) -> Tensor:
+        region, output = self.region(part), self.network.output
+        wanted = BOTH.expand(len(part), 2, 1)
+        if self.label is not None:
+            wanted = margin_rows(self.label[part], self.output.shape[1])
+        owner = torch.arange(len(part)).repeat_interleave(wanted.shape[1])
+        rows_ = wanted.flatten(0, 1)[:, None]
+        least = row_bounds(self.network, region, output, rows_, owner, spans(region), steps=steps)
+        return least.reshape(len(part), -1)
+
+    def effort(self) -> Tensor:
+        """About how many passes of a sample in float32 the backward passes of CROWN cost, (n,).
+
+        A row goes back from each neuron that intervals leave open, through all numbers before it.
+        """
+        found, network = [], self.network
+        for part in torch.arange(len(self.x)).split(TOGETHER):
+            with torch.no_grad():
+                spans = interval_bounds(network, self.region(part))
+            total, cost = 0, torch.zeros(len(part), dtype=torch.float64)
+            for i, node in enumerate(network.nodes):
+                total += 0 if node.kind == "constant" else math.prod(node.shape)
+                if i in network.activations and network.segments[i].sources != (0,):
+                    cost += total * open_neurons(network, i, spans[i]).sum(1)
+            found.append(DOUBLE * cost / total)
+        return torch.cat(found)
+
+    def decided(self, i: int, dtype: torch.dtype, deadline: Deadline) -> Verdict:
+        """Decide one sample."""
+        label = int(torch.as_tensor(self.label)[i])
+        rule = Property.of_class(label, self.output.shape[1])
+        region, slack = self.region(torch.tensor([i])), float(self.slack[i])
+        with torch.no_grad():
+            return decide(self.network, region, rule, slack=slack, dtype=dtype, deadline=deadline)
+
+    def region(self, part: Tensor) -> Region:
+        """Return what some samples may become."""
+        return Region(self.x[part], self.threat.select(part))
+
+    @property
+    def margin(self) -> Tensor:
+        """Lower bounds of the margins of the model, as it runs, (n,)."""
+        return self.least.amin(1) - self.slack
+
+    @property
+    def wrong(self) -> Tensor:
+        """Which samples are not of their class as they are."""
+        if self.label is None:
+            return torch.zeros(len(self.x), dtype=torch.bool)
+        return self.output.argmax(1) != self.label
+
+    def stated(self, name: str, **found: Any) -> Certificate:
+        """Return the certificate; what is found otherwise than by bounds replaces theirs."""
+        if self.label is None:
+            return self._interval(name)
+        proven, wrong = rows(self.margin > 0), rows(self.wrong)
+        status = np.where(proven, "certified", np.where(wrong, "falsified", "open"))
+        facts: dict[str, Any] = {"margin": rows(self.margin), "status": status, **found}
+        certified = facts["status"] == "certified"
+        eps = torch.as_tensor(self.threat.eps, dtype=torch.float64).expand(len(self.x)).numpy()
+        radius = np.where(certified, eps, 0.0)
+        return Certificate(name, exact=False, radius=radius, certified=certified, **facts)
+
+    def _interval(self, name: str) -> Certificate:
+        lower, upper = self.least[:, 0] - self.slack, self.slack - self.least[:, 1]
+        loss = None
+        if self.y is not None:
+            far = torch.maximum((upper - self.y).abs(), (lower - self.y).abs())
+            loss = rows(far.double() ** 2)
+        return Certificate(name, exact=False, lower=rows(lower), upper=rows(upper), loss=loss)
 
 
 def _within(model: Model, x: Tensor, threat: LpBall, y: Tensor | None, passes: int) -> Certificate:
-    """Bound all samples by intervals, and by CROWN those that promise most."""
-    network, slack = recorded(model, x, threat)
-    wide = x.detach().cpu().double()
-    output = network(wide)
-    label = _labels(model, output, y)
-    with torch.no_grad():
-        least = _bounds(network, wide, threat, label, lambda part: interval_bounds(network, part))
-        margin, proven, wrong = _judged(least, slack, output, label)
-        promise = margin.masked_fill(proven | wrong, -torch.inf)
-        order = promise.argsort(descending=True, stable=True)[: int((~(proven | wrong)).sum())]
-        chosen = order[: int(passes / max(1.0, _effort(network)))]
-        if len(chosen):
-            least[chosen] = _bounds(
-                network, wide[chosen], threat.select(chosen), None if label is None else
-                label[chosen], lambda part: crown_bounds(network, part)
-            )  # fmt: skip
-    return _stated("crown", least, slack, output, label, y, threat)
+    """Bound all samples by intervals, and by CROWN those for which it costs few enough passes."""
+    samples = _Samples(model, x, threat, y)
+    network = samples.network
+    samples.bound(lambda region: interval_bounds(network, region))
+    settled = samples.wrong if samples.label is None else samples.wrong | (samples.margin > 0)
+    affordable = samples.effort() <= RELATIVE * passes
+    chosen = (affordable & ~settled).nonzero().squeeze(1)
+    samples.improve(chosen, lambda region: crown_bounds(network, region))
+    return samples.stated("crown")
 
 
 @CERTIFICATES.register("complete", applies=_bounded, within=_within)
@@ -83,48 +173,22 @@ def complete(
     What a sample leaves of its seconds is there for the others. Complete for ReLU networks;
     tanh and sigmoid are bounded, not split.
     """
-    network, slack = recorded(model, x, threat)
     if model.task == "regression":
         raise InputError("complete decides classes: bound a regressor by alpha_crown")
-    wide, end = x.detach().cpu().double(), Deadline.after(seconds * len(x))
-    output = network(wide)
-    label = output.argmax(1) if y is None else y.detach().cpu().long()
-    with torch.no_grad():
-        least = _bounds(
-            network, wide, threat, label, lambda region: interval_bounds(network, region)
-        )
-    margin = rows(least.amin(1).nan_to_num(nan=-torch.inf))
-    wrong = rows(output.argmax(1) != label)
-    status = np.where(margin > rows(slack), "certified", np.where(wrong, "falsified", "open"))
-    by = np.where(wrong, "prediction", np.where(status == "open", "", "crown_ibp")).astype(object)
-    witness = torch.where(per_sample(torch.from_numpy(wrong), wide) > 0, wide, torch.nan)
+    end, samples = Deadline.after(seconds * len(x)), _Samples(model, x, threat, y)
+    samples.bound(lambda region: interval_bounds(samples.network, region))
+    proven, wrong, margin = rows(samples.margin > 0), rows(samples.wrong), rows(samples.margin)
+    status = np.where(proven, "certified", np.where(wrong, "falsified", "open"))
+    by = np.where(proven, "crown_ibp", np.where(wrong, "prediction", "")).astype(object)
+    witness = torch.where(per_sample(samples.wrong, samples.x) > 0, samples.x, torch.nan)
     undecided = np.flatnonzero(status == "open").tolist()
     for done, i in enumerate(undecided):
-        region = Region(wide[i : i + 1], threat.select(torch.tensor([i])))
-        rule = Property.of_class(int(label[i]), output.shape[1])
-        with torch.no_grad():
-            found = decide(
-                network,
-                region,
-                rule,
-                slack=float(slack[i]),
-                dtype=model.dtype,
-                deadline=Deadline.after(end.left / (len(undecided) - done)),
-            )
-        status[i], by[i], margin[i] = found.status, found.by, found.bound
+        share = Deadline.after(end.left / (len(undecided) - done))
+        found = samples.decided(i, model.dtype, share)
+        status[i], by[i], margin[i] = found.status, found.by, found.bound - float(samples.slack[i])
         if found.witness is not None:
             witness[i] = found.witness
-    proven = status == "certified"
-    return Certificate(
-        "complete",
-        exact=False,
-        radius=np.where(proven, _eps(threat, len(x)), 0.0),
-        certified=proven,
-        margin=margin,
-        status=status,
-        by=by,
-        witness=rows(witness),
-    )
+    return samples.stated("complete", margin=margin, status=status, by=by, witness=rows(witness))
 
 
 def _register(
@@ -133,81 +197,21 @@ def _register(
     def method(
         model: Model, x: Tensor, threat: LpBall, y: Tensor | None, seconds: float = math.inf
     ) -> Certificate:
-        network, slack = recorded(model, x, threat)
-        wide, end = x.detach().cpu().double(), Deadline.after(seconds * len(x))
-        output = network(wide)
-        label = _labels(model, output, y)
-        with torch.no_grad():
-            least = _bounds(
-                network, wide, threat, label, lambda region: spans(network, region, end), steps
-            )
-        return _stated(name, least, slack, output, label, y, threat)
+        end, samples = Deadline.after(seconds * len(x)), _Samples(model, x, threat, y)
+        samples.bound(lambda region: spans(samples.network, region, end), steps)
+        return samples.stated(name)
 
     method.__doc__ = summary
     CERTIFICATES.register(name, applies=_applies, within=_within)(method)
-
-
-def _labels(model: Model, output: Tensor, y: Tensor | None) -> Tensor | None:
-    """Return the classes that must hold; None for a regressor."""
-    if model.task == "regression":
-        return None
-    return output.argmax(1) if y is None else y.detach().cpu().long()
-
-
-def _judged(
-    least: Tensor, slack: Tensor, output: Tensor, label: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the least margin (n,), and which samples are proven, and wrong as they are."""
-    margin = least.amin(1).nan_to_num(nan=-torch.inf)
-    nothing = torch.zeros(len(least), dtype=torch.bool)
-    if label is None:
-        return margin, nothing, nothing
-    return margin, margin > slack, output.argmax(1) != label
-
-
-def _stated(
-    name: str, least: Tensor, slack: Tensor, output: Tensor, label: Tensor | None,
-    y: Tensor | None, threat: LpBall,
-) -> Certificate:  # fmt: skip
-    if label is None:
-        return _interval(name, least, slack, y)
-    margin, proven, wrong = _judged(least, slack, output, label)
-    return Certificate(
-        name,
-        exact=False,
-        radius=np.where(proven, _eps(threat, len(least)), 0.0),
-        certified=rows(proven),
-        margin=rows(margin),
-        status=np.where(proven, "certified", np.where(wrong, "falsified", "open")),
-    )
-
-
-def _bounds(
-    network: Network,
-    x: Tensor,
-    threat: LpBall,
-    label: Tensor | None,
-    spans: Callable[[Region], Span_of],
-    steps: int = 0,
-) -> Tensor:
-    """Lower bounds of all margins (n, K − 1), or of ± the prediction (n, 2), some at a time."""
-    classes, found = network.nodes[network.output].shape[-1], []
-    for at in torch.arange(len(x)).split(TOGETHER):
-        region = Region(x[at], threat.select(at))
-        wanted = BOTH.expand(len(at), 2, 1) if label is None else margin_rows(label[at], classes)
-        owner = torch.arange(len(at)).repeat_interleave(wanted.shape[1])
-        flat = wanted.flatten(0, 1)[:, None]
-        least = row_bounds(network, region, network.output, flat, owner, spans(region), steps=steps)
-        found.append(least.reshape(len(at), -1))
-    return torch.cat(found)
 
 
 def recorded(model: Model, x: Tensor, threat: LpBall) -> tuple[Network, Tensor]:
     """Return the network, and by how much its margins must exceed 0 (n,).
 
     The bounds are those of real arithmetic, in float64. That of the model differs; by how much is
-    measured, not proven: ten times the largest difference of its outputs at each x and at random
-    members of the threat.
+    judged, not proven: ten times the largest difference of outputs at each x and at members of the
+    threat, or what a probabilistic analysis of rounding expects of any member (see
+    `Network.rounding`), whichever is larger.
 
     Raises
     ------
@@ -217,74 +221,34 @@ def recorded(model: Model, x: Tensor, threat: LpBall) -> tuple[Network, Tensor]:
     network = model.recorded(x)
     if threat.p == 0:
         raise InputError("networks are bounded over convex sets: choose p ≥ 1")
-    generator = torch.Generator().manual_seed(0)
-    apart = torch.zeros(len(x), dtype=torch.float64)
-    for look in range(LOOKS):
-        point = x.cpu()
-        if look:
-            drawn = torch.randn(x.shape, generator=generator, dtype=torch.float64)
-            wide = point.double()
-            point = threat.enclose(point, wide + threat.argmax(drawn, wide))
-        with torch.no_grad():
-            parts = [model(part.to(model.device)).cpu() for part in point.split(TOGETHER)]
-            theirs = torch.cat(parts).double().reshape(len(x), -1)
-            ours = network(point.double())
-        apart = torch.maximum(apart, (ours - theirs).abs().amax(1))
-        if bool((apart > AGREES * (1 + ours.abs().amax(1))).any()):
-            raise InputError(
-                f"{model.name} computes something else than what was recorded of it: does it keep "
-                "a state, or depend on the other samples of a batch?"
-            )
-    return network, ROOM * apart + 1e-9 * (1 + ours.abs().amax(1))
+    wide = x.detach().cpu().double()
+    low, high = threat.span(wide)
+    with torch.no_grad():
+        apart = network.rounding(low[:, None], high[:, None], network.unit)
+        for point in _looks(x.detach().cpu(), threat):
+            parts = point.split(TOGETHER // 2)
+            ours = torch.cat([network(part.double()) for part in parts])
+            # in batches of twice the size, so that what mixes their samples shows
+            doubled = [model(torch.cat([part, part + 1]).to(model.device)) for part in parts]
+            found = [both[: len(part)].cpu() for both, part in zip(doubled, parts, strict=True)]
+            theirs = torch.cat(found).double().reshape(ours.shape)
+            apart = torch.maximum(apart, (ours - theirs).abs().amax(1))
+            size = 1 + ours.abs().amax(1)
+            if not bool(((ours - theirs).abs().amax(1) <= AGREES * size).all()):
+                raise InputError(
+                    f"{model.name} computes something else than what was recorded of it: does it "
+                    "keep a state, depend on the other samples of a batch, or overflow?"
+                )
+    return network, ROOM * apart + 1e-9 * size
 
 
-def certified_radius(
-    model: Model,
-    x: Tensor,
-    threat: LpBall,
-    *,
-    y: Tensor | None = None,
-    method: str = "auto",
-    seconds: float = 1.0,
-    halvings: int = 8,
-) -> np.ndarray:
-    """Return the largest budget, up to that of the threat, at which each sample is certified (n,).
-
-    By bisection between 0 and ε, in ``halvings`` runs of a method; below the truth by its gap and
-    ε·2^−halvings at most.
-    """
-    from dataclasses import replace
-
-    from robustlearn.certify.base import certify
-
-    eps = torch.as_tensor(threat.eps, dtype=torch.float64).expand(len(x)).clone()
-
-    def holds(budget: Tensor) -> Tensor:
-        found = certify(
-            model, x, replace(threat, eps=budget), y=y, method=method, seconds=seconds / halvings
-        )
-        return torch.from_numpy(np.asarray(found.certified, dtype=bool))
-
-    low = torch.where(holds(eps), eps, 0.0)
-    high = eps
-    for _ in range(halvings):
-        middle = (low + high) / 2
-        safe = holds(middle)
-        low, high = torch.where(safe, middle, low), torch.where(safe, high, middle)
-    return low.numpy()
-
-
-def _interval(name: str, least: Tensor, slack: Tensor, y: Tensor | None) -> Certificate:
-    lower, upper = least[:, 0] - slack, slack - least[:, 1]
-    loss = None
-    if y is not None:
-        target = y.detach().cpu().double()
-        loss = rows(torch.maximum((upper - target).abs(), (lower - target).abs()) ** 2)
-    return Certificate(name, exact=False, lower=rows(lower), upper=rows(upper), loss=loss)
-
-
-def _eps(threat: LpBall, n: int) -> np.ndarray:
-    return torch.as_tensor(threat.eps, dtype=torch.float64).expand(n).numpy()
+def _looks(x: Tensor, threat: LpBall) -> Iterator[Tensor]:
+    """Yield x, and members of the threat on its boundary and half way there."""
+    generator, wide = torch.Generator().manual_seed(0), x.double()
+    yield x
+    for share in SHARES:
+        drawn = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+        yield threat.enclose(x, wide + share * threat.argmax(drawn, wide))
 
 
 _register(

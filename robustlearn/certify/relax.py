@@ -66,8 +66,13 @@ class Region:
     def least(self, slope: Tensor, offset: Tensor) -> Tensor:
         """Return min of slope·x' + offset over the region of each row, (r,).
 
-        slope is (r, 1, *shape), offset (r,); a region of one sample is that of all rows.
+        slope is (r, 1, *shape), offset (r,); a region of one sample is that of all rows. −∞ for
+        coefficients that are no numbers.
         """
+        least = self._least(slope, offset)
+        return torch.where(least.isfinite() & flat(slope).isfinite().all(1), least, -torch.inf)
+
+    def _least(self, slope: Tensor, offset: Tensor) -> Tensor:
         if self.is_box:
             low, high = self.box
             negative = slope.clamp(max=0)
@@ -87,11 +92,8 @@ class Region:
 
     def _of(self, rows: int) -> LpBall:
         """Return the threat with a budget for each row."""
-        return (
-            self.threat.select(torch.zeros(rows, dtype=torch.long))
-            if len(self.x) == 1
-            else (self.threat)
-        )
+        alone = len(self.x) == 1
+        return self.threat.select(torch.zeros(rows, dtype=torch.long)) if alone else self.threat
 
 
 def relu_lines(low: Tensor, high: Tensor, alpha: Tensor | None = None) -> Lines:

@@ -5,13 +5,11 @@ from typing import Any
 
 import torch
 
-from robustlearn.certify import vnnlib
 from robustlearn.certify.bounds import Deadline
 from robustlearn.certify.complete import decide
+from robustlearn.cli import vnnlib
 from robustlearn.models import onnx
 from robustlearn.models.trace import trace
-
-SLACK = 1e-9  # for the rounding of bounds in float64
 
 
 def verified(network: Path, rule: Path, seconds: float) -> dict[str, Any]:
@@ -19,16 +17,14 @@ def verified(network: Path, rule: Path, seconds: float) -> dict[str, Any]:
 
     The inputs are numbers of float32, the outputs are computed from them in float64.
     """
-    module = onnx.read(network)
+    module = onnx.read(network).double()  # a property speaks of real arithmetic
     shape = module.shape
-    recorded = trace(module, torch.full((1, *shape), 0.5))
+    recorded = trace(module, torch.full((1, *shape), 0.5, dtype=torch.float64))
     outputs = recorded.nodes[recorded.output].shape[-1]
     deadline, answer = Deadline.after(seconds), "unsat"
     for region, unsafe in vnnlib.read(rule, shape, outputs):
         with torch.no_grad():
-            found = decide(
-                recorded, region, unsafe, slack=SLACK, dtype=torch.float32, deadline=deadline
-            )
+            found = decide(recorded, region, unsafe, dtype=torch.float32, deadline=deadline)
         if found.witness is not None:
             y = recorded(found.witness[None])[0]
             return {"answer": "sat", "x": found.witness.flatten().tolist(), "y": y.tolist()}

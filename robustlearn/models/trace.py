@@ -7,7 +7,7 @@ values, conversions to other libraries and random numbers are refused too.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +17,11 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from robustlearn._tensor import is_out_of_memory
 from robustlearn.errors import InputError
 
 aten = torch.ops.aten
+REALS = (torch.float32, torch.float64)
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
     "tanh": torch.tanh,
@@ -31,6 +33,8 @@ alias clone cat stack index_select mean sum avg_pool1d avg_pool2d avg_pool3d
 _adaptive_avg_pool2d _adaptive_avg_pool3d constant_pad_nd reflection_pad1d reflection_pad2d
 replication_pad1d replication_pad2d repeat flip roll upsample_nearest2d im2col pixel_shuffle
 select_scatter slice_scatter""".split()
+AWAKE = 10  # standard deviations by which rounding may wake a neuron
+PRODUCTS = ("mm", "mv", "bmm", "addmm", "baddbmm")
 # What each leading argument is to the value: a term is added, of the factors one may depend on x.
 ROLES = {
     **dict.fromkeys(MOVES, ("term",)),
@@ -50,6 +54,9 @@ KNOWN = (
     "linear layers, convolutions, batch normalisation in evaluation mode, average and max pooling, "
     "reshapes, sums, and ReLU, leaky ReLU, PReLU, clamp, maximum, abs, tanh and sigmoid"
 )
+
+
+Spans = dict[int, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -100,23 +107,47 @@ class Network:
     nodes : in the order of computation; ``output`` is the number of the last one.
     activations : numbers of the nodes that are not affine; the input is node 0.
     width : numbers in the largest value.
+    unit : unit roundoff of the least precise type in which the module computes.
     """
 
-    def __init__(self, nodes: list[Node], output: int, dtype: torch.dtype) -> None:
-        self.nodes, self.output, self.dtype = nodes, output, dtype
+    def __init__(
+        self, nodes: list[Node], output: int, dtype: torch.dtype, unit: float = 0.0
+    ) -> None:
+        self.nodes, self.output, self.dtype, self.unit = nodes, output, dtype, unit
         self.activations = [i for i, node in enumerate(nodes) if node.kind in ACTIVATIONS]
         self.width = max(math.prod(n.shape) for n in nodes if n.kind != "constant")
         self.bind()
 
     def bind(self, live: bool = False) -> None:
-        """Compute all that depends on weights alone, anew; if ``live``, derivable by them."""
-        self.constants: dict[int, Tensor] = {}
+        """Compute all that depends on weights alone, anew; if ``live``, derivable by them.
+
+        What is made of weights is computed in their own dtype, as the module does it.
+
+        Raises
+        ------
+        InputError naming the operation that takes NaN or infinity from the weights.
+        """
+        made: dict[int, Any] = {}
         with torch.set_grad_enabled(live):
             for i, node in enumerate(self.nodes):
                 if node.kind == "constant":
-                    value = self._cast(self._value(node, self.constants))
-                    self.constants[i] = value if live else value.detach()
+                    value = self._value(node, made)
+                    made[i] = value if live else value.detach()
+            self.constants: dict[int, Tensor] = {i: self._cast(v) for i, v in made.items()}
+            self._check_finite()
             self.segments = {i: self._segment(self._before(i)) for i in self._targets()}
+
+    def _check_finite(self) -> None:
+        for node in self.nodes:
+            for part in _parts(node.arguments) if node.kind != "constant" else ():
+                value = self.constants.get(part.node) if isinstance(part, Ref) else part
+                numbers = torch.as_tensor(value if isinstance(value, Tensor | float) else 0.0)
+                if not bool(numbers.isfinite().all()):
+                    raise InputError(
+                        f"{node.function.__name__} takes NaN or infinity from a weight or constant "
+                        f"of shape {tuple(numbers.shape)}: such outputs cannot be bounded; mend "
+                        "the weights of the network"
+                    )
 
     @property
     def is_shallow(self) -> bool:
@@ -143,6 +174,20 @@ class Network:
         """
         return dict(torch.vmap(self._intervals)(low, high, known))
 
+    def rounding(self, low: Tensor, high: Tensor, unit: float) -> Tensor:
+        """Return the standard deviation, at most, of what rounding does to an output, (n,).
+
+        k terms are added up with an error of u·√k·(|W||z| + |c|), z as large as intervals allow;
+        errors are taken to be independent and of mean zero, so that their variances go on as
+        v ↦ W²v (Higham and Mary, 2019). A ReLU that sleeps on its whole interval passes none.
+
+        Parameters
+        ----------
+        low, high : (n, 1, *shape) of the input; unit : u, the unit roundoff.
+        """
+        found = torch.vmap(lambda a, b: self._variance(a, b, unit))(low, high)
+        return found.flatten(1).amax(1).sqrt()
+
     def _targets(self) -> list[int]:
         return [*self.activations, self.output]
 
@@ -158,26 +203,24 @@ class Network:
         return values[self.output].reshape(1, -1)
 
     def _intervals(self, low: Tensor, high: Tensor, known: Any) -> Any:
-        span = {0: (low, high)}
-        found = {}
+        span, entering = self._spans(low, high, known)
+        return {**entering, self.output: span[self.output]}
+
+    def _spans(self, low: Tensor, high: Tensor, known: Any) -> tuple[Spans, Spans]:
+        """Return the bounds of every value, and of what enters each activation."""
+        span, entering = {0: (low, high)}, {}
         for i, node in enumerate(self.nodes[1:], start=1):
-            if node.kind == "constant":
-                continue
             if node.kind == "affine":
                 span[i] = self._spread(node, span)
-            else:
-                entering = span[node.parents[0]]
+            elif node.kind != "constant":
+                low, high = span[node.parents[0]]
                 if i in known:
-                    entering = (
-                        torch.maximum(entering[0], known[i][0]),
-                        torch.minimum(entering[1], known[i][1]),
-                    )
-                found[i] = entering
-                low, high = (ACTIVATIONS[node.kind](side) for side in entering)
-                span[i] = (low, high)
-        return {**found, self.output: span[self.output]}
+                    low, high = torch.maximum(low, known[i][0]), torch.minimum(high, known[i][1])
+                entering[i] = low, high
+                span[i] = ACTIVATIONS[node.kind](low), ACTIVATIONS[node.kind](high)
+        return span, entering
 
-    def _spread(self, node: Node, span: dict[int, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    def _spread(self, node: Node, span: Spans) -> tuple[Tensor, Tensor]:
         """f(centre) ± |f|(radius), |f| with the sizes of all factors and no constant terms."""
         if node.hull:
             (a, b), (c, d) = (span[j] for j in node.hull)
@@ -185,25 +228,51 @@ class Network:
         centre = {j: (span[j][0] + span[j][1]) / 2 for j in node.parents}
         radius = {j: (span[j][1] - span[j][0]) / 2 for j in node.parents}
         middle = self._value(node, {**self.constants, **centre})
-        reach = self._value(node, {**self.constants, **radius}, sizes=True)
-        return middle - reach, middle + reach
+        reach = self._value(node, {**self.constants, **radius}, abs, _nothing)
+        low, high = middle - reach, middle + reach
+        sure = low.isfinite() & high.isfinite()  # what overflows proves nothing
+        return torch.where(sure, low, -torch.inf), torch.where(sure, high, torch.inf)
 
-    def _value(self, node: Node, values: dict[int, Tensor], sizes: bool = False) -> Any:
+    def _variance(self, low: Tensor, high: Tensor, unit: float) -> Tensor:
+        span, entering = self._spans(low, high, {})
+        size = {i: torch.maximum(-a, b) for i, (a, b) in span.items()}
+        found = {0: torch.zeros_like(low)}
+        for i, node in enumerate(self.nodes[1:], start=1):
+            if node.kind == "affine" and node.hull:
+                found[i] = torch.maximum(*(found[j] for j in node.hull))
+            elif node.kind == "affine":
+                passed = self._value(node, {**self.constants, **found}, torch.square, _nothing)
+                whole = self._value(node, {**self.constants, **size}, abs, abs)
+                found[i] = passed + self._terms(node) * (unit * whole) ** 2
+            elif node.kind == "relu":
+                given = found[node.parents[0]]
+                found[i] = torch.where(entering[i][1] > -AWAKE * given.sqrt(), given, 0)
+            elif node.kind != "constant":
+                found[i] = found[node.parents[0]] + unit**2
+        return found[self.output]
+
+    def _value(
+        self, node: Node, values: dict[int, Tensor], factors: Any = None, terms: Any = None
+    ) -> Any:
+        """Carry out an operation; constant factors and terms are replaced by functions of them."""
+
         def filled(argument: Any, role: str | None) -> Any:
             if isinstance(argument, list | tuple):
                 return [filled(part, role) for part in argument]
-            fixed = not isinstance(argument, Ref) or argument.node in self.constants
+            fixed = not isinstance(argument, Ref) or self.nodes[argument.node].kind == "constant"
             if isinstance(argument, Ref):
                 argument = values[argument.node]
-            number = isinstance(argument, Tensor | int | float)
-            if not (sizes and fixed and number and role):
+            if role and isinstance(argument, Tensor):  # integers and masks become numbers here
+                argument = argument.to(self.dtype)
+            if not (factors and fixed and role and isinstance(argument, Tensor | int | float)):
                 return argument
-            return argument * 0 if role == "term" else abs(argument)
+            number = torch.as_tensor(argument, dtype=self.dtype)
+            return terms(number) if role == "term" else factors(number)
 
         roles = node.roles + (None,) * len(node.arguments)
         arguments = [filled(a, r) for a, r in zip(node.arguments, roles, strict=False)]
         options = {key: filled(value, None) for key, value in node.options.items()}
-        if sizes and node.function is aten.constant_pad_nd:
+        if factors and node.function is aten.constant_pad_nd:
             arguments = arguments[:2]
         return node.function(*arguments, **options)
 
@@ -234,13 +303,22 @@ class Network:
 
         zeros = [self._cast(torch.zeros(self.nodes[i].shape, device=self._device)) for i in chosen]
         offset, pull = torch.func.vjp(function, *zeros)[:2]
-        adding = sum(self._adds_up(self.nodes[i]) for i in order)
+        passed = [self.nodes[i] for i in order]
+        adding = sum(self._terms(node) > 1 or len(node.parents) > 1 for node in passed)
         return Affine(chosen, torch.vmap(pull), offset, len(chosen) == 1 and adding <= 1)
 
-    def _adds_up(self, node: Node) -> bool:
-        sums = ("mm", "mv", "bmm", "addmm", "baddbmm", "convolution", "mean", "sum")
-        name = node.function.__name__
-        return name in sums or "pool" in name or len(node.parents) > 1
+    def _terms(self, node: Node) -> int:
+        """How many numbers that depend on the input are added up, or rounded, for one of these."""
+        name, shape = node.function.__name__, self.nodes[node.parents[0]].shape
+        if name == "convolution":
+            weight = self.nodes[node.arguments[1].node].shape
+            transposed = node.arguments[6]
+            return math.prod(weight[2:]) * weight[0 if transposed else 1]
+        if name in PRODUCTS:
+            return self.nodes[node.arguments["add" in name].node].shape[-1]
+        if name in ("mean", "sum") or "pool" in name:
+            return math.prod(shape) // max(1, math.prod(node.shape)) + 1
+        return 0 if name in MOVES and name != "alias" else len(node.parents)
 
     @property
     def _device(self) -> torch.device:
@@ -275,11 +353,15 @@ def trace(
     try:
         with torch.no_grad(), _NoEscape(), recorder:
             output = torch.func.functionalize(function)(example)
-    except ValueError as error:  # batch norm in training mode has no variance over one sample
-        if isinstance(error, InputError):
+    except InputError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
             raise
         raise InputError(
-            f"{error}: one sample is looked at; call .eval() on the network"
+            f"the network cannot be recorded on one sample of shape {tuple(example.shape[1:])}: "
+            f"{type(error).__name__}: {error}. Is it in evaluation mode, by .eval(), and made of "
+            f"torch operations alone? Known are {KNOWN}"
         ) from error
     last = recorder.numbers.get(id(output)) if isinstance(output, Tensor) else None
     if last is None or recorder.nodes[last].kind == "constant":
@@ -293,7 +375,7 @@ def trace(
             Node("affine", node.shape, aten.alias, (Ref(last),), {}, (last,), ("term",))
         )
         last = len(recorder.nodes) - 1
-    return Network(recorder.nodes[: last + 1], last, dtype)
+    return Network(recorder.nodes[: last + 1], last, dtype, recorder.unit)
 
 
 class _NoEscape(TorchFunctionMode):
@@ -320,6 +402,7 @@ class _Recorder(TorchDispatchMode):
         self.nodes = [Node("input", tuple(example.shape))]
         self.numbers = {id(example): 0}
         self.alive = [example]  # so that no two values share an id
+        self.unit = torch.finfo(example.dtype).eps / 2
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -330,27 +413,35 @@ class _Recorder(TorchDispatchMode):
         if not parents:
             if torch.Tag.nondeterministic_seeded in func.tags:
                 raise _refusal(name, "it is random")
-            return self._file("constant", func, args, options, ())
-        if name in COMPOSED:
+            return self._file("constant", func, func(*args, **options), args, options)
+        if func.namespace != "aten":
+            raise _refusal(f"{func.namespace}::{name}")
+        if name in COMPOSED and (options or name not in ROLES):
             with self:
                 return COMPOSED[name](self, *args, **options)
+        output = func(*args, **options)
+        self._check_type(name, func, output)
         if name in ACTIVATIONS:
-            return self._file(name, func, args, {}, parents)
-        if name == "_to_copy":
-            kind = options.get("dtype", torch.float32)
-            if kind not in (torch.float32, torch.float64):
-                raise _refusal(name, f"it casts to {kind}")
-            name, func, args, options = "alias", aten.alias.default, args[:1], {}
-        if name == "detach":  # cuts the gradient, by which slopes are computed, not the values
-            name, func = "alias", aten.alias.default
+            return self._file(name, func.overloadpacket, output, args, {}, parents)
+        if name in ("_to_copy", "detach"):  # neither changes the values, but for rounding
+            return self._file("affine", aten.alias, output, args, {}, parents, ("term",))
         self._check(name, func, args, options)
-        return self._file("affine", func, args, options, parents, ROLES[name])
+        kept = {k: v for k, v in options.items() if k != "dtype"}
+        return self._file("affine", func.overloadpacket, output, args, kept, parents, ROLES[name])
+
+    def _check_type(self, name: str, func: Any, output: Any) -> None:
+        if name == "view" and func._overloadname == "dtype":
+            raise _refusal(name, "it reads the bits of a number as another type")
+        if isinstance(output, Tensor) and output.dtype not in REALS:
+            raise _refusal(name, f"it gives {output.dtype}")
+        if isinstance(output, Tensor):
+            self.unit = max(self.unit, torch.finfo(output.dtype).eps / 2)
 
     def _check(self, name: str, func: Any, args: Any, options: dict[str, Any]) -> None:
         roles = ROLES.get(name)
-        if roles is None or "mode" in func._overloadname or self._parents((options,)):
+        if roles is None or "mode" in func._overloadname or self._parents(options.values()):
             raise _refusal(name)
-        if name in ("addmm", "baddbmm", "add") and options:  # alpha, beta: see COMPOSED
+        if name in ("addmm", "baddbmm") and options:
             raise _refusal(name, f"with {', '.join(options)}")
         depending = [
             role
@@ -373,28 +464,30 @@ class _Recorder(TorchDispatchMode):
     def _file(
         self,
         kind: str,
-        func: Any,
+        function: Any,
+        output: Any,
         args: Any,
         options: dict[str, Any],
-        parents: tuple[int, ...],
+        parents: tuple[int, ...] = (),
         roles: tuple[str, ...] = (),
     ) -> Any:
-        output = func(*args, **options)
         if not isinstance(output, Tensor):
             if kind != "constant":
-                raise _refusal(func.overloadpacket.__name__, "it gives several values")
+                raise _refusal(function.__name__, "it gives several values")
             return output
         if id(output) in self.numbers:  # an operation that returns its argument
             return output
-        kept = {k: v for k, v in options.items() if k not in ("dtype", "layout", "pin_memory")}
-        arguments, named = self._refs(args), dict(zip(kept, self._refs(kept.values()), strict=True))
-        node = Node(
-            kind, tuple(output.shape), func.overloadpacket, arguments, named, parents, roles
-        )
+        arguments = self._refs(args)
+        named = dict(zip(options, self._refs(options.values()), strict=True))
+        node = Node(kind, tuple(output.shape), function, arguments, named, parents, roles)
         self.numbers[id(output)] = len(self.nodes)
         self.nodes.append(node)
         self.alive.append(output)
         return output
+
+    def depends(self, argument: Any) -> bool:
+        """Tell whether an argument depends on the input."""
+        return bool(self._parents((argument,)))
 
     def _refs(self, arguments: Any) -> tuple[Any, ...]:
         found: list[Any] = []
@@ -429,6 +522,18 @@ class _Recorder(TorchDispatchMode):
                 tuple(dict.fromkeys((*node.parents, *both))), node.roles, tuple(both),
             )  # fmt: skip
         return result
+
+
+def _nothing(value: Tensor) -> Tensor:
+    return value * 0
+
+
+def _parts(arguments: Any) -> Iterator[Any]:
+    for argument in arguments:
+        if isinstance(argument, list | tuple):
+            yield from _parts(argument)
+        else:
+            yield argument
 
 
 def _refusal(name: str, why: str = "") -> InputError:
@@ -473,19 +578,33 @@ def _max_pool(
 
 
 def _clamped(recorder: _Recorder, x: Tensor, low: Any = None, high: Any = None) -> Tensor:
-    if low is not None and not (isinstance(low, int | float) and math.isinf(low)):
-        x = torch.relu(x - low) + low if not isinstance(low, int | float) or low else torch.relu(x)
-    if high is not None and not (isinstance(high, int | float) and math.isinf(high)):
-        x = high - torch.relu(high - x)
-    return x
+    x = x if low is None else _at_least(recorder, x, low)
+    return x if high is None else -_at_least(recorder, -x, -high)
+
+
+def _at_least(recorder: _Recorder, x: Tensor, low: Any) -> Tensor:
+    """max(x, low), entry by entry; −∞ in ``low`` leaves x as it is."""
+    if recorder.depends(low):
+        return recorder.larger(x, low)
+    if not isinstance(low, Tensor):
+        if low == -math.inf:
+            return x
+        return torch.relu(x - low) + low if low else torch.relu(x)
+    free = low == -torch.inf
+    floor = torch.where(free, 0, low)
+    risen = torch.relu(x - floor)
+    if not bool(free.any()):
+        return risen + floor
+    return x * free + (risen + floor) * ~free
 
 
 def _leaky(recorder: _Recorder, x: Tensor, slope: Any = 0.01) -> Tensor:
     return x * slope + torch.relu(x) * (1 - slope)
 
 
-def _scaled_sum(recorder: _Recorder, a: Any, b: Any, alpha: float = 1) -> Any:
-    return a + (b if alpha == 1 else b * alpha)
+def _copied(recorder: _Recorder, x: Tensor, other: Tensor, non_blocking: bool = False) -> Tensor:
+    same = other.dtype == x.dtype
+    return (other if same else aten._to_copy(other, dtype=x.dtype)).expand(x.shape)
 
 
 COMPOSED: dict[str, Callable[..., Any]] = {
@@ -502,7 +621,8 @@ COMPOSED: dict[str, Callable[..., Any]] = {
     "maximum": lambda recorder, a, b: recorder.larger(a, b),
     "minimum": lambda recorder, a, b: -recorder.larger(-a, -b),
     "abs": lambda recorder, x: torch.relu(x) + torch.relu(-x),
-    "copy": lambda recorder, x, other, non_blocking=False: other.expand(x.shape),
+    "add": lambda recorder, a, b, alpha=1: a + b * alpha,
+    "copy": _copied,
     "neg": lambda recorder, x: x * -1.0,
     "sub": lambda recorder, a, b, alpha=1: a + b * -alpha,
     "rsub": lambda recorder, x, other, alpha=1: x * -alpha + other,

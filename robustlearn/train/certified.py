@@ -1,14 +1,20 @@
 """Objectives that train on certified bounds: what is minimised bounds the worst case from above."""
 
+import weakref
+
 import torch
 from torch import Tensor, nn
 
-from robustlearn.certify.bounds import elided, interval_bounds, margin_rows
+from robustlearn.certify.bounds import interval_bounds, margin_rows
 from robustlearn.certify.relax import Region, Span_of, backward, lines
-from robustlearn.models.trace import trace
+from robustlearn.errors import InputError
+from robustlearn.models.trace import ACTIVATIONS, Network, trace
 from robustlearn.threats import LpBall
 from robustlearn.train.inner import Craft, evaluating
 from robustlearn.train.objectives import CROSS_ENTROPY, PLAIN, Criterion, Outcome, objective, pgd_at
+
+AGREES = 1e-3  # difference that rounding explains
+COMPARED: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # that are what was recorded of them
 
 
 @objective(classes_only=True, climbs=False)
@@ -93,9 +99,16 @@ def _mixed(
 
 
 def _margins(model: nn.Module, x: Tensor, y: Tensor, threat: LpBall, beta: float) -> Tensor:
-    """Lower bounds of z_y − z_j for all other classes in order (n, K − 1), with their graph."""
+    """Lower bounds of z_y − z_j for all other classes in order (n, K − 1), with their graph.
+
+    Raises
+    ------
+    InputError for a model that cannot be recorded, or that computes something else on a batch.
+    """
     with evaluating(model):
         network = trace(model, x, dtype=x.dtype)
+        if model not in COMPARED:
+            _compare(network, model, x)
     network.bind(live=True)
     region = Region(x, threat)
     spans = interval_bounds(network, region)
@@ -104,12 +117,42 @@ def _margins(model: nn.Module, x: Tensor, y: Tensor, threat: LpBall, beta: float
     rows = (single if classes == 1 else margin_rows(y, classes)).to(x)
     owner = torch.arange(len(x), device=x.device).repeat_interleave(rows.shape[1])
     flat = rows.flatten(0, 1)[:, None]
-    found = elided(network, region.select(owner), flat, _rows(spans, owner))
+    found = _elided(network, region.select(owner), flat, _rows(spans, owner))
     if beta:
         relaxed = lines(network, _rows(spans, owner))
         slope, offset = backward(network, network.output, flat, relaxed)
         found = (1 - beta) * found + beta * region.select(owner).least(slope, offset)
     return found.reshape(len(x), -1)
+
+
+def _elided(network: Network, region: Region, rows: Tensor, spans: Span_of) -> Tensor:
+    """Rows·outputs from below (r,), by intervals of the activations before the last layer.
+
+    A row goes through the last affine map as a whole: what two outputs share cancels. Region and
+    spans are one a row.
+    """
+    affine = network.segments[network.output]
+    bound = (rows * affine.offset).flatten(1).sum(1)
+    for source, part in zip(affine.sources, affine.pull(rows), strict=True):
+        curve = ACTIVATIONS.get(network.nodes[source].kind)
+        low, high = region.box if curve is None else map(curve, spans[source])
+        negative = part.clamp(max=0)
+        bound = bound + ((part - negative) * low + negative * high).flatten(1).sum(1)
+    return bound
+
+
+def _compare(network: Network, model: nn.Module, x: Tensor) -> None:
+    """Compare a network with what was recorded of it on one sample, the first time it is met."""
+    points = torch.cat([x, x + 1])  # what mixes a batch shows in one sample too
+    with torch.no_grad():
+        theirs = model(points)
+        ours = network(points).reshape(theirs.shape)
+    if not torch.allclose(ours, theirs, AGREES, AGREES):
+        raise InputError(
+            f"{type(model).__name__} computes something else on a batch than what was recorded of "
+            "it on one sample: does it keep a state, or depend on the other samples?"
+        )
+    COMPARED.add(model)
 
 
 def _rows(spans: Span_of, owner: Tensor) -> Span_of:

@@ -21,8 +21,8 @@ def read(path: str | Path, shape: tuple[int, ...], outputs: int) -> list[Query]:
     """Read a property: queries, each a box with the outputs that are wanted there.
 
     The assertions are brought into disjunctive form; each disjunct is a box, l ≤ X ≤ u, and linear
-    comparisons of two outputs, or of one with a number. Disjuncts of equal boxes are one query. An
-    answer is `sat` if any of them is.
+    comparisons of two outputs, or of one with a number. Disjuncts of equal boxes are one query, and
+    of an empty box, l > u, none. An answer is `sat` if any of them is.
 
     Parameters
     ----------
@@ -30,19 +30,29 @@ def read(path: str | Path, shape: tuple[int, ...], outputs: int) -> list[Query]:
 
     Raises
     ------
-    InputError for a file that says anything else, and for inputs without both bounds.
+    InputError for a file that says anything else, for inputs without both bounds, and where every
+    box is empty.
     """
     name, terms = Path(path).name, _terms(Path(path).read_text())
-    asserted = [term[1] for term in terms if term[0] == "assert"]
-    unknown = {term[0] for term in terms} - {"assert", "declare-const"}
-    if unknown or not asserted:
-        raise InputError(f"{name}: expected declare-const and assert; got {sorted(unknown)}")
+    asserted = []
+    for term in terms:
+        if term[:1] == ["assert"] and len(term) == 2:
+            asserted.append(term[1])
+        elif term[:1] != ["declare-const"]:
+            raise InputError(f"{name}: expected declare-const and assert; got {_text(term)}")
     queries: dict[tuple[Any, ...], list[list[tuple[Any, float]]]] = {}
-    for disjunct in _disjuncts(["and", *asserted]):
+    for disjunct in _disjuncts(["and", *asserted], name):
         box: Box = {}
         rows = [row for a in disjunct if (row := _read(a, box, outputs, name)) is not None]
-        queries.setdefault(tuple(sorted(box.items())), []).append(rows)
+        if all(low <= high for low, high in box.values()):
+            queries.setdefault(tuple(sorted(box.items())), []).append(rows)
+    if not queries:
+        raise InputError(f"{name}: no input is asked for: each lower bound exceeds an upper one")
     return [(_region(dict(box), shape, name), _rule(rows, name)) for box, rows in queries.items()]
+
+
+def _text(term: Any) -> str:
+    return f"({' '.join(map(_text, term))})" if isinstance(term, list) else str(term)
 
 
 def _terms(text: str) -> list[Any]:
@@ -64,45 +74,57 @@ def _terms(text: str) -> list[Any]:
     return whole
 
 
-def _disjuncts(term: list[Any]) -> list[list[Any]]:
+def _disjuncts(term: Any, name: str) -> list[list[Any]]:
     """Return the conjunctions of comparisons that the term is a disjunction of."""
-    if term[0] == "or":
-        return [found for part in term[1:] for found in _disjuncts(part)]
-    if term[0] == "and":
-        parts = itertools.product(*map(_disjuncts, term[1:]))
+    head, *rest = term if isinstance(term, list) and term else [None]
+    if head == "or":
+        return [found for part in rest for found in _disjuncts(part, name)]
+    if head == "and":
+        parts = itertools.product(*(_disjuncts(part, name) for part in rest))
         return [list(itertools.chain(*part)) for part in parts]
+    if head not in ("<=", ">=") or len(rest) != 2:
+        raise InputError(f"{name}: expected (<= a b) or (>= a b); got {_text(term)}")
     return [[term]]
 
 
 def _read(term: list[Any], box: Box, outputs: int, name: str) -> tuple[Any, float] | None:
     """Take a bound of an input into the box, or return a row of outputs with row·y + c ≤ 0."""
-    if len(term) != 3 or term[0] not in ("<=", ">="):
-        raise InputError(f"{name}: expected (<= a b) or (>= a b); got {term}")
-    less, more = term[1:] if term[0] == "<=" else reversed(term[1:])
-    if "X_" in less + more:
-        _bound(less, more, box, name)
+    less, more = (_operand(side, name) for side in term[1:])
+    if term[0] == ">=":
+        less, more = more, less
+    if "X" in (less[0], more[0]):
+        _bound(less, more, box, f"{name}: {_text(term)}")
         return None
     row, offset = torch.zeros(outputs, dtype=torch.float64), 0.0
-    for sign, side in ((1.0, less), (-1.0, more)):
-        if side.startswith("Y_"):
-            if not int(side[2:]) < outputs:
-                raise InputError(f"{name} speaks of {side}; the network has {outputs} outputs")
-            row[int(side[2:])] += sign
+    for sign, (kind, value) in ((1.0, less), (-1.0, more)):
+        if not kind:
+            offset += sign * value
+        elif value < outputs:
+            row[int(value)] += sign
         else:
-            offset += sign * float(side)
+            raise InputError(f"{name} speaks of Y_{value}; the network has {outputs} outputs")
     return row, offset
 
 
-def _bound(less: str, more: str, box: Box, name: str) -> None:
-    if less.startswith("X_") == more.startswith("X_"):
-        raise InputError(f"{name} relates {less} and {more}; inputs are known by numbers alone")
-    index = int((less if less.startswith("X_") else more)[2:])
+def _operand(side: Any, name: str) -> tuple[str, float]:
+    """Return X or Y and which of them, or "" and a number."""
+    if isinstance(side, str) and re.fullmatch(r"[XY]_\d+", side):
+        return side[0], int(side[2:])
+    try:
+        number = float(side)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError(f"{name}: expected X_i, Y_i or a finite number; got {_text(side)}")
+    return "", number
+
+
+def _bound(less: tuple[str, float], more: tuple[str, float], box: Box, where: str) -> None:
+    if less[0] and more[0]:
+        raise InputError(f"{where} relates an input to another value; only numbers are known")
+    index = int((less if less[0] else more)[1])
     low, high = box.get(index, (-math.inf, math.inf))
-    if less.startswith("X_"):
-        high = min(high, float(more))
-    else:
-        low = max(low, float(less))
-    box[index] = low, high
+    box[index] = (low, min(high, more[1])) if less[0] else (max(low, less[1]), high)
 
 
 def _region(box: Box, shape: tuple[int, ...], name: str) -> Region:
@@ -113,8 +135,6 @@ def _region(box: Box, shape: tuple[int, ...], name: str) -> Region:
         raise InputError(
             f"{name}: each of the {size} inputs needs two bounds, and there are others"
         )
-    if bool((low > high).any()):
-        raise InputError(f"{name}: a lower bound exceeds an upper one")
     low, high = low.reshape(shape), high.reshape(shape)
     middle = ((low + high) / 2)[None]
     threat = LpBall(math.inf, 1.0, lower=low, upper=high, scale=high - low)
@@ -128,4 +148,4 @@ def _rule(groups: list[list[tuple[Any, float]]], name: str) -> Property:
     padded = [group + group[-1:] * (most - len(group)) for group in groups]
     rows = torch.stack([torch.stack([row for row, _ in group]) for group in padded])
     offsets = torch.tensor([[c for _, c in group] for group in padded], dtype=torch.float64)
-    return Property(rows, offsets)
+    return Property(rows, offsets, closed=True)

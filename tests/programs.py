@@ -9,12 +9,9 @@ from torch import Tensor
 
 from robustlearn._tensor import flat
 from robustlearn.certify.relax import Region, Span_of
-from robustlearn.errors import InputError
 from robustlearn.models.trace import Network
 
-SMALL = 200  # open signs that a program may have
 CUTS, GAP = 200, 1e-6  # rounds of cutting planes, and what they may leave of the value
-SOLVED, INFEASIBLE = 0, 2  # as scipy has them
 
 
 def least(
@@ -24,7 +21,6 @@ def least(
     offsets: Tensor,
     spans: Span_of,
     places: Mapping[int, Tensor],
-    signs: Mapping[int, Tensor] | None = None,
     threshold: float | None = None,
 ) -> tuple[float, Tensor | None]:
     """min over the region of max over rows of rows·y + offsets, to the solver's 1e-6.
@@ -38,17 +34,13 @@ def least(
     ----------
     region : of one sample; rows (m, K), offsets (m,).
     spans : bounds of what enters each activation; places : of the open signs in each.
-    signs : 1, −1 or 0 for open, at these places.
     threshold : it is enough to know whether the value lies above.
 
     Returns
     -------
-    The value, from below, infinite where no point has these signs, and a point (*shape).
+    The value, from below, and a point (*shape).
     """
-    kinds = {network.nodes[i].kind for i in network.activations}
-    if kinds - {"relu"}:
-        raise InputError(f"a mixed-integer program knows ReLU only, not {', '.join(kinds)}")
-    program = _Program(network, region, rows, offsets, spans, places, signs or {})
+    program = _Program(network, region, rows, offsets, spans, places)
     return program.solve(region, threshold)
 
 
@@ -57,7 +49,7 @@ class _Program:
 
     def __init__(
         self, network: Network, region: Region, rows: Tensor, offsets: Tensor, spans: Span_of,
-        places: Mapping[int, Tensor], signs: Mapping[int, Tensor],
+        places: Mapping[int, Tensor],
     ) -> None:  # fmt: skip
         sizes = {0: region.x[0].numel()}
         sizes |= {i: spans[i][0].numel() for i in network.activations}
@@ -74,7 +66,7 @@ class _Program:
         self.floors: list[np.ndarray] = []
         self.network, self.rows, self.offsets = network, rows, offsets
         for i in network.activations:
-            self._activation(i, spans[i], places[i], signs.get(i))
+            self._activation(i, spans[i], places[i])
         value = self._row(network.output, rows.double())
         value[:, self.at["value"]] = -1
         offset = (rows.double() @ network.segments[network.output].offset.flatten()) + offsets
@@ -97,9 +89,7 @@ class _Program:
         self.matrices.append(sparse.csr_matrix(matrix))
         self.floors.append(floor)
 
-    def _activation(
-        self, i: int, span: tuple[Tensor, Tensor], places: Tensor, signs: Tensor | None
-    ) -> None:
+    def _activation(self, i: int, span: tuple[Tensor, Tensor], places: Tensor) -> None:
         low, high = (side.flatten().numpy() for side in span)
         offset = self.network.segments[i].offset.flatten().detach().numpy()
         enters = self._row(i, torch.eye(len(low), dtype=torch.float64))
@@ -115,8 +105,7 @@ class _Program:
         self._at_least(high[at, None] * sign - output[at], np.zeros(len(at)))  # a ≤ u·b
         lowered = enters[at] - output[at] + low[at, None] * sign
         self._at_least(lowered, low[at] - offset[at])  # a ≤ z − l(1 − b)
-        given = np.zeros(len(at)) if signs is None else signs.numpy()
-        self.low[self.at["sign", i]], self.high[self.at["sign", i]] = given > 0, given >= 0
+        self.low[self.at["sign", i]], self.high[self.at["sign", i]] = 0, 1
 
     def solve(self, region: Region, threshold: float | None) -> tuple[float, Tensor | None]:
         """Solve, and cut off what is not in the region, until that does not matter."""
@@ -132,10 +121,7 @@ class _Program:
                 integrality=self.binary,
                 bounds=optimize.Bounds(self.low, self.high),
             )
-            if found.status == INFEASIBLE:
-                return np.inf, None
-            if found.status != SOLVED:
-                return -np.inf, None
+            assert found.success
             bound = float(found.fun if found.mip_dual_bound is None else found.mip_dual_bound)
             point = torch.as_tensor(found.x[self.at[0]]).reshape(region.x.shape)
             if region.is_box:
