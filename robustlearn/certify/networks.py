@@ -60,7 +60,7 @@ class _Samples:
     def __init__(self, model: Model, x: Tensor, threat: LpBall, y: Tensor | None) -> None:
         self.network, self.slack = recorded(model, x, threat)
         self.x, self.threat = x.detach().cpu().double(), threat
-        self.output = self.network(self.x)
+        self.output = torch.cat([self.network(part) for part in self.x.split(TOGETHER)])
         self.y = None if y is None else y.detach().cpu()
         self.label = None
         if model.task != "regression":
@@ -222,9 +222,11 @@ def recorded(model: Model, x: Tensor, threat: LpBall) -> tuple[Network, Tensor]:
     if threat.p == 0:
         raise InputError("networks are bounded over convex sets: choose p ≥ 1")
     wide = x.detach().cpu().double()
-    low, high = threat.span(wide)
+    spans = [side[:, None].split(TOGETHER) for side in threat.span(wide)]
     with torch.no_grad():
-        apart = network.rounding(low[:, None], high[:, None], network.unit)
+        apart = torch.cat(
+            [network.rounding(*span, network.unit) for span in zip(*spans, strict=True)]
+        )
         for point in _looks(x.detach().cpu(), threat):
             parts = point.split(TOGETHER // 2)
             ours = torch.cat([network(part.double()) for part in parts])
