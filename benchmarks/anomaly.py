@@ -99,7 +99,7 @@ def fast(seed: int) -> dict[str, Callable[[], Any]]:
     """Return the detectors of table 1."""
     return {
         OURS: lambda: HardNegativeDetector(random_state=seed),
-        BASELINE: lambda: MeanNeighborDetector(random_state=seed),
+        BASELINE: lambda: MeanNeighborDetector(scaling="standard", random_state=seed),
         "mean distance, range": lambda: MeanNeighborDetector(scaling="range", random_state=seed),
         **peers("KNN", "LOF", "IForest", "OCSVM", "GMM", seed=seed),
     }
@@ -200,16 +200,22 @@ def timed(detector: Any, train: np.ndarray, test: np.ndarray) -> Scored:
         start = time.process_time()
         detector.fit(train)
         middle = time.process_time()
-        scores = np.nan_to_num(detector.anomaly_score(test))
+        scores = detector.anomaly_score(test)
         return scores, middle - start, (time.process_time() - middle) / len(test)
 
 
 def quality(strange: np.ndarray, scores: np.ndarray) -> dict[str, float]:
-    """Return both areas in percent."""
-    return {
-        "auroc": 100 * metrics.roc_auc_score(strange, scores),
-        "auprc": 100 * metrics.average_precision_score(strange, scores),
+    """Return both areas in percent, and the share of scores that are NaN, if any are.
+
+    These rank lowest: no threshold flags a row whose score is NaN.
+    """
+    undefined = np.isnan(scores)
+    ranks = rankdata(np.where(undefined, -np.inf, scores))
+    figures = {
+        "auroc": 100 * metrics.roc_auc_score(strange, ranks),
+        "auprc": 100 * metrics.average_precision_score(strange, ranks),
     }
+    return figures | ({"undefined": float(undefined.mean())} if undefined.any() else {})
 
 
 def alarms(detector: Any, normal: np.ndarray) -> dict[str, float]:
@@ -236,7 +242,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     for half in ("all", "held out"):
         mine = [row for row in rows if half in ("all", row["half"])]
         if mine:
-            Console(width=120).print(summary(f"table {rows[0]['table']}, {half} sets", mine))
+            Console(width=150).print(summary(f"table {rows[0]['table']}, {half} sets", mine))
 
 
 def summary(title: str, rows: list[dict[str, Any]]) -> Table:
@@ -247,14 +253,16 @@ def summary(title: str, rows: list[dict[str, Any]]) -> Table:
         figure: np.array([[mean(rows, s, m, figure) for m in methods] for s in names])
         for figure in ("auroc", "auprc")
     }
-    ranks = rankdata(-values["auroc"], axis=1).mean(0)
+    ranks = {figure: rankdata(-values[figure], axis=1).mean(0) for figure in values}
     leads = {figure: compared(values[figure]) for figure in values}
     table = Table(title=f"{title} ({len(names)})", box=None)
-    for column in ("method", "AUROC", "AUPRC", "rank", "wins", "p AUROC", "p AUPRC", "worst"):
+    figures = ("AUROC", "AUPRC", "rank AUROC", "rank AUPRC", "wins", "p AUROC", "p AUPRC", "worst")
+    for column in ("method", *figures):
         table.add_column(column, justify="left" if column == "method" else "right")
     table.add_column("alarms at 5%", justify="right")
     table.add_column("fit CPU s (most)", justify="right")
     table.add_column("ms a row", justify="right")
+    table.add_column("runs with NaN", justify="right")
     for j in np.argsort(-values["auroc"].mean(0)):
         lead = values["auroc"][:, 0] - values["auroc"][:, j]
         chosen = [row for row in rows if row["method"] == methods[j]]
@@ -263,13 +271,14 @@ def summary(title: str, rows: list[dict[str, Any]]) -> Table:
         table.add_row(
             methods[j],
             *(f"{values[figure][:, j].mean():.2f}" for figure in values),
-            f"{ranks[j]:.2f}",
+            *(f"{ranks[figure][j]:.2f}" for figure in values),
             f"{(lead > 0).sum()}–{(lead < 0).sum()}",
             *("" if j == 0 else f"{leads[figure][j]:.3f}" for figure in values),
             f"{lead.min():+.1f}",
             f"{100 * np.mean(rate):.1f}%" if rate else "",
             f"{np.mean(fitted):.2f} ({max(fitted):.1f})",
             f"{np.mean([row['ms_a_row'] for row in chosen]):.3f}",
+            str(sum(row.get("undefined") is not None for row in chosen) or ""),
         )
     return table
 

@@ -20,6 +20,7 @@ Tables = dict[
     int,
     tuple[Callable[[bool, int], Iterable[dict[str, Any]]], Callable[[list[dict[str, Any]]], None]],
 ]
+SOURCES = (":/robustlearn", ":/benchmarks", ":(top,exclude)benchmarks/results")
 PACKAGES = (
     "robustlearn",
     "torch",
@@ -54,11 +55,14 @@ def arguments(description: str, *, tables: int = 0, threads: int = 2) -> argpars
 
 
 def measured(tables: Tables, given: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure and print the tables that are asked for; return their rows."""
+    """Measure and print the tables that are asked for; return their rows, saved as they come."""
     rows: list[dict[str, Any]] = []
     for number, (measure, show) in tables.items():
         if given.table in (None, number):
-            mine = [{"table": number, **row} for row in measure(given.full, given.seed)]
+            mine = []
+            for row in measure(given.full, given.seed):
+                mine.append({"table": number, **row})
+                save([*rows, *mine], given)
             rows += mine
             if mine:
                 show(mine)
@@ -76,9 +80,9 @@ def save(rows: list[dict[str, Any]], given: argparse.Namespace) -> None:
         writer.writeheader()
         writer.writerows(rows)
     about = {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join([*_asked(), "python", *sys.argv]),
         "commit": _git("rev-parse", "HEAD"),
-        "uncommitted": bool(_git("status", "--porcelain", "--", "robustlearn", "benchmarks")),
+        "uncommitted": bool(_git("status", "--porcelain", "--", *SOURCES)),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "processor": _processor(),
@@ -87,6 +91,12 @@ def save(rows: list[dict[str, Any]], given: argparse.Namespace) -> None:
         "seed": given.seed,
     }
     given.out.with_suffix(".json").write_text(json.dumps(about, indent=1) + "\n")
+
+
+def _asked() -> list[str]:
+    """Return the variables that say what is measured, as they stand before a command."""
+    chosen = {name for name in os.environ if name.startswith("ROBUSTLEARN_")}
+    return [f"{name}={os.environ[name]}" for name in sorted(chosen - {"ROBUSTLEARN_DATA"})]
 
 
 def _git(*words: str) -> str | None:

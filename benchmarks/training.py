@@ -93,10 +93,10 @@ def main() -> None:
 def tasks(full: bool) -> Iterator[Task]:
     """Yield the digits, and the images of the folder; ``ROBUSTLEARN_IMAGES`` names some of all."""
     wanted = os.environ.get("ROBUSTLEARN_IMAGES", "").split(",")
-    if any(part in "digits" for part in wanted):
+    if {"", "digits"} & set(wanted):
         yield digits(full)
     for name, eps in IMAGES if full else ():
-        if (FOLDER / "images" / f"{name}.npz").is_file() and any(part in name for part in wanted):
+        if (FOLDER / "images" / f"{name}.npz").is_file() and {"", name} & set(wanted):
             yield images(name, eps)
 
 

@@ -19,6 +19,7 @@ from robustlearn.models.trees import CHUNK, Trees
 from robustlearn.threats import LpBall
 
 Array = NDArray[np.float64]
+Aim = tuple[Array, float]  # the weight of each leaf, and what is added to their sum
 Flags = NDArray[np.bool_]
 Indices = NDArray[np.int64]
 BATCH = 64  # boxes that are cut together
@@ -133,7 +134,7 @@ def safe_distance(trees: Trees, weight: Array, offset: float, far: Array) -> Arr
     return np.take_along_axis(ends, low[:, None], 1)[:, 0]
 
 
-def gap(trees: Trees, label: int, rival: int) -> tuple[Array, float]:
+def gap(trees: Trees, label: int, rival: int) -> Aim:
     """Return the weight (M,) of the leaves in z_label − z_rival, and what is added to their sum.
 
     One score z is that of class 1 against class 0: the classes have 0 and z.
@@ -145,6 +146,17 @@ def gap(trees: Trees, label: int, rival: int) -> tuple[Array, float]:
     parts = (part[..., label] - part[..., rival] for part in (value, base))
     weight, offset = (part / trees.divisor for part in parts)
     return weight, float(offset[0])
+
+
+def rivals(trees: Trees, label: int) -> list[Aim]:
+    """Return the `gap` of a class to every other."""
+    classes = max(2, trees.value.shape[1])
+    return [gap(trees, label, rival) for rival in range(classes) if rival != label]
+
+
+def prediction(trees: Trees) -> Aim:
+    """Return the weight (M,) of the leaves in a regressor's prediction, and what is added."""
+    return trees.value[:, 0] / trees.divisor, float(trees.base[0]) / trees.divisor
 
 
 class Least(NamedTuple):
@@ -370,3 +382,38 @@ class Search:
         away = inner > self.space.x[feature]
         toward = np.where(away, np.nextafter(inner, -np.inf), outer)
         return feature, np.where(clash, end[rows, score.argmax(1)], toward)
+
+
+def least(
+    trees: Trees,
+    space: Space,
+    far: Array,
+    eps: float,
+    aims: list[Aim],
+    boxes: int,
+    *,
+    enough: float = math.inf,
+    until: float = math.inf,
+) -> Least:
+    """Search for the least of several sums within ε of one point, those of least bound first.
+
+    What one aim has reached is the cap of the next; an aim whose bound is above it is left out.
+
+    Parameters
+    ----------
+    far : (M,) from `distances`; boxes : for all aims together; enough, until : see `Search.run`.
+    """
+    reached = (far <= eps * (1 + ROOM))[None]
+    bounded = [(offset + float(bound(trees, weight, reached)[0]), weight, offset)
+               for weight, offset in aims]  # fmt: skip
+    proven, best, point, spent = math.inf, math.inf, None, 0
+    for lowest, weight, offset in sorted(bounded, key=lambda aim: aim[0]):
+        if lowest >= best or lowest > enough or best <= enough < math.inf:
+            break
+        search = Search(trees, space, weight, far, eps)
+        found = search.run(boxes - spent, cap=best - offset, enough=enough - offset, until=until)
+        spent += found.boxes
+        proven = min(proven, found.bound + offset)
+        if found.value + offset < best:
+            best, point = found.value + offset, found.point
+    return Least(proven, best, point, spent)

@@ -150,6 +150,8 @@ def features(source: str | Path, *, drop: str | None = None) -> tuple[np.ndarray
         x = _rows_of_npz(path)
         return x, tuple(f"feature {j}" for j in range(x.shape[1]))
     table = _table(path)
+    if not len(table):
+        raise InputError(f"{path.name} has a header and no rows; give at least one row of numbers")
     if drop is not None:
         table = _without(table, drop, path)
     return _numbers(table, path), tuple(str(c) for c in table.columns)

@@ -1,5 +1,6 @@
 """Named collections from which the command line, the tests and the report draw."""
 
+import inspect
 import math
 import numbers
 from collections.abc import Callable, Iterator, Mapping
@@ -79,6 +80,8 @@ NATURAL = Range(0, math.inf, "[)", whole=True)
 POSITIVE = Range(0, math.inf, "()")
 NOT_NEGATIVE = Range(0, math.inf, "[)")
 SHARE = Range(0, 1, "(]")
+UNIT = Range(0, 1, "[]")
+FINITE = Range(-math.inf, math.inf, "()")
 
 
 def check_options(name: str, options: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
@@ -142,3 +145,36 @@ class Registry(Mapping[str, Entry]):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+
+def chosen(registry: Registry, text: str) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Return the function that a text names, and the options that it gives, checked.
+
+    A function's options are its parameters with defaults; their ranges the fact ``ranges`` of its
+    entry.
+
+    Raises
+    ------
+    InputError for a name or an option that there is not, and a value out of its range.
+
+    Examples
+    --------
+    >>> greetings = Registry("greeting")
+    >>> @greetings.register("hello", ranges={"times": COUNT})
+    ... def hello(name, *, times=1):
+    ...     return times * f"hello {name} "
+    >>> function, options = chosen(greetings, "hello:times=2")
+    >>> function("you", **options)
+    'hello you hello you '
+    """
+    if not isinstance(text, str):
+        raise InputError(f"{registry.kind}: expected a name with options as text; got {text!r}")
+    name, options = parsed(text)
+    entry = registry[name]
+    parameters = inspect.signature(entry.function).parameters
+    known = [key for key, p in parameters.items() if p.default is not p.empty]
+    if strangers := sorted(set(options) - set(known)):
+        has = ", ".join(known) or "none"
+        raise InputError(f"{name} has no option {', '.join(strangers)}; it has: {has}")
+    check_options(name, options, entry.facts.get("ranges", {}))
+    return entry.function, options

@@ -8,6 +8,7 @@ import torch
 
 import robustlearn as rl
 from robustlearn.anomaly import HardNegativeDetector, MeanNeighborDetector
+from robustlearn.anomaly.neighbors import Density, Reference
 
 
 def rows(count, seed):
@@ -51,6 +52,18 @@ def test_no_point_of_the_threat_passes_the_bounds(detector, name):
         assert bool((z <= high.repeat(30) + 1e-9).all())
 
 
+def test_the_bounds_know_the_density_of_every_row_that_can_become_a_neighbour():
+    """From half-way between dense rows and sparse ones the threat reaches the domain of each."""
+    dense, sparse = 0.01 * torch.arange(7.0), 10.1 + torch.arange(7.0)
+    density = Density(Reference(torch.cat([dense, sparse]).double()[:, None]))
+    here, reach = torch.tensor([[5.0]], dtype=torch.float64), torch.tensor([4.5])
+    low, high = density.enclosed(here, reach)
+    for place in torch.linspace(0.5, 9.5, 50, dtype=torch.float64):
+        scores, _ = density(place.reshape(1, 1))
+        assert bool((low[:, :2] <= scores).all())
+        assert bool((scores <= high[:, :2]).all())
+
+
 def test_the_bounds_of_a_mean_distance_are_met_far_from_all_rows():
     """There all neighbours lie in one direction, and the distance to them is linear."""
     detector = MeanNeighborDetector(scaling="none").fit(rows(150, 0))
@@ -74,3 +87,56 @@ def test_certified_is_at_most_attacked_and_the_radius_is_that_of_the_bound(detec
         within = rl.LpBall(2, torch.from_numpy(found.radius * factor), scale=threat.scale)
         kept = found.radius > 1e-4
         assert (rl.certify(detector, x, within).certified == expected)[kept].all()
+
+
+class Slope(torch.nn.Module):
+    """Accepts where Σx < 10⁸."""
+
+    def forward(self, x):
+        return 1e8 - x.sum(1, keepdim=True)
+
+    def enclosed(self, x, threat):
+        z, reach = self(x)[:, 0], threat.support(torch.ones_like(x), x)
+        return z - reach, z + reach
+
+
+def test_an_infinite_radius_is_one_of_the_whole_box():
+    """Proven up to about 10⁶, and the boundary at 7·10⁷, the radius was told infinite."""
+    model, x = rl.models.TorchModel(Slope(), task="classification"), np.zeros((1, 2))
+    for walls, low, high in (
+        ({}, 1e6, 1e8 / 2**0.5),
+        ({"upper": 1e9}, 1e6, 1e8 / 2**0.5),
+        ({"upper": 1e3}, 1e6, 1e8 / 2**0.5),
+        ({"lower": -1e3, "upper": 1e3}, math.inf, math.inf),
+        ({"mask": [False, False]}, math.inf, math.inf),
+    ):
+        radius = rl.certify(model, x, rl.LpBall(2, 1.0, **walls), method="enclosure").radius[0]
+        assert low <= radius <= high
+
+
+@pytest.mark.parametrize("places", [(0.0, 0.0), (1e8, 1e8), (-1e8, 1e8)])
+def test_distances_far_from_the_origin_are_those_of_differences(places):
+    """There products of matrices, by which many features are searched, have lost all digits."""
+    random = np.random.default_rng(0)
+    x, new = (
+        np.concatenate([place + random.normal(size=(count, 20)) for place in places])
+        for count in (100, 20)
+    )
+    detector = MeanNeighborDetector(scaling="none").fit(x)
+    threat = rl.LpBall(2, 0.5)
+    apart = np.sort(np.linalg.norm(new[:, None] - x, axis=2))[:, :5].mean(1)
+    np.testing.assert_allclose(detector.anomaly_score(new), apart, rtol=1e-12)
+    low, high = detector.score_.enclosed(torch.from_numpy(new), threat)
+    assert (low.numpy() <= apart - 0.49).all()
+    assert (apart + 0.49 <= high.numpy()).all()
+
+
+def test_few_rows_are_searched_twice():
+    """Of ordinary data none, also where many distances tie: else the search is no faster."""
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(500, 20)))
+    for points in (x, (x > 0).double(), x.float()):
+        reference = Reference(points)
+        apart = reference.every(points)[0][:, -1]
+        moved = points - reference.centre
+        last = torch.from_numpy(reference.index.kneighbors(moved.numpy())[0][:, -1])
+        assert not reference._doubtful(points, apart, last.to(points)).any()

@@ -292,9 +292,10 @@ def test_a_regressor_may_end_in_a_sigmoid():
 def test_a_softmax_head_on_a_linear_layer_is_certified_at_once():
     x, _ = table()
     net = nn.Sequential(nn.Linear(3, 3), nn.Softmax(1))
+    threat = rl.LpBall(2, 0.01)
     with pytest.warns(UserWarning, match="the logits before it are used"):
-        certificate = rl.certify(net, x, rl.LpBall(2, 0.01))
-    np.testing.assert_allclose(certificate.radius, rl.certify(net[0], x, rl.LpBall(2, 1)).radius)
+        certificate = rl.certify(net, x, threat)
+    np.testing.assert_allclose(certificate.radius, rl.certify(net[0], x, threat).radius)
 
 
 def test_probabilities_are_recognised_on_many_rows():

@@ -131,3 +131,28 @@ def test_layers_that_are_not_known_are_refused(layer):
         constant_of(net, (1, 8, 8))
     with pytest.raises(InputError, match="are not known"):
         rl.certify(net, np.zeros((1, 1, 8, 8)), rl.LpBall(2, 0.1), method="lipschitz")
+
+
+def test_rows_that_are_nearly_equal_are_told_apart():
+    """Of more than 25 classes cdist would multiply out, and lose ‖w_i − w_j‖ to cancellation."""
+    generator = seeded()
+    net = nn.Linear(3, 30, bias=False).double()
+    with torch.no_grad():
+        common = 1e5 * torch.randn(1, 3, generator=generator)
+        net.weight.copy_(common + 1e-3 * torch.randn(30, 3, generator=generator))
+    x = torch.randn(200, 3, dtype=torch.float64, generator=generator)
+    found = rl.certify(net, x, rl.LpBall(2, 0.01), method="lipschitz")
+    z, slope = net(x).detach(), (net.weight[:, None] - net.weight[None]).norm(dim=2).detach()
+    truth = ((z.amax(1, keepdim=True) - z) / slope[z.argmax(1)]).nan_to_num(torch.inf).amin(1)
+    assert (found.radius <= truth.numpy()).all()
+    assert not found.certified[(truth < 0.01).numpy()].any()
+
+
+def test_the_radius_leaves_the_room_for_rounding_that_certified_leaves():
+    """At the radius itself, as ε, a sample is at the edge of being certified."""
+    seeded()
+    net, x = nn.Sequential(nn.Linear(50, 9), nn.ReLU(), nn.Linear(9, 3)), torch.randn(40, 50)
+    radius = rl.certify(net, x, rl.LpBall(2, 0.1), method="lipschitz").radius
+    for factor, safe in ((1 - 1e-12, True), (1 + 1e-12, False)):
+        threat = rl.LpBall(2, torch.from_numpy(radius * factor))
+        assert (rl.certify(net, x, threat, method="lipschitz").certified == safe)[radius > 0].all()

@@ -12,7 +12,7 @@ from torch import nn
 
 import robustlearn as rl
 from robustlearn import _tensor
-from robustlearn.certify.smoothing import LOOKS, _errors, _median, clopper_pearson, predict
+from robustlearn.certify.smoothing import LOOKS, _errors, _median, _ranks, clopper_pearson
 from robustlearn.certify.smoothing import smoothing as certify_smoothed
 from robustlearn.errors import InputError
 from robustlearn.models import Smoothed
@@ -126,7 +126,7 @@ def test_looks_in_stages_certify_as_many_with_fewer_votes():
 def test_predict_abstains_near_a_tie_and_is_right_elsewhere():
     model, x, distance = half_plane()
     smoothed = Smoothed(model, 0.5)
-    found = predict(smoothed, x, 500)
+    found = smoothed.predict(x, 500)
     told = found != -1
     assert bool((found[told] == model(x).argmax(1)[told]).all())
     assert bool(told[torch.from_numpy(distance > 0.3)].all())
@@ -159,6 +159,16 @@ def test_the_median_of_a_regressor_stays_in_its_interval():
     far = _median(model, x[:1], np.array([9.0]), None, 100, 0.01, 0)
     assert math.isinf(far.lower[0])
     assert math.isinf(far.upper[0])
+
+
+@pytest.mark.parametrize("n", [100, 400])
+def test_the_order_statistics_cover_both_quantiles_as_often_as_stated(n):
+    """Of uniform draws the quantiles are the probabilities themselves."""
+    reach, alpha = 0.5, 0.2
+    drawn = np.sort(np.random.default_rng(0).random((4000, n)), 1)
+    (k,) = _ranks(np.array([reach]), n, alpha)
+    missed = (drawn[:, k - 1] > stats.norm.cdf(-reach)) | (drawn[:, n - k] < stats.norm.cdf(reach))
+    assert 0.5 * alpha <= missed.mean() <= alpha
 
 
 def test_the_bracket_of_a_smoothed_network():

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -12,10 +14,12 @@ from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 from sklearn import ensemble, tree
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_wine
+from sklearn.linear_model import LogisticRegression
 
 import robustlearn as rl
 from robustlearn import _leaves, losses
 from robustlearn.attacks import tree_exact
+from robustlearn.certify import certified_radius
 from robustlearn.errors import InputError
 from robustlearn.models import EstimatorModel, TreeModel
 from robustlearn.models.trees import float32_cut, read
@@ -145,6 +149,24 @@ def test_worst_margin_and_radius_are_those_of_enumeration(kind, classes, options
         assert bound.radius[row] <= certificate.radius[row] <= radius * (1 + 1e-12)
     assert certificate.exact
     assert (bound.certified <= certificate.certified).all()
+
+
+@pytest.mark.parametrize("method", ["trees", "leaves"])
+def test_a_tie_of_pure_trees_is_not_safe(method):
+    """Six votes, three against three: the sum rounds to more than 0, argmax takes the first."""
+    rng = np.random.default_rng(9)
+    forest = ensemble.RandomForestClassifier(6, random_state=9)
+    forest.fit(rng.random((12, 2)), rng.integers(0, 2, 12))
+    model, x = rl.wrap(forest), rng.random((20, 2))
+    lost = np.empty(len(x))
+    for row, label in enumerate(forest.predict(x)):
+        points, distance = cells(model.trees, x[row], rl.LpBall(math.inf, 1))
+        lost[row] = distance[forest.predict(points.numpy()) != label].min()
+    found = rl.certify(
+        model, x, rl.LpBall(math.inf, torch.from_numpy(lost * (1 + 1e-9))), method=method
+    )
+    assert (found.radius <= lost).all()
+    assert not found.certified.any()
 
 
 @pytest.mark.parametrize(("p", "truth"), [(math.inf, 0.4), (2, 0.4 * 2**0.5), (1, 0.8), (0, 2)])
@@ -286,6 +308,39 @@ def test_the_search_agrees_with_milp_on_data(kind, p, eps):
         assert certificate.margin[row] == pytest.approx(least, abs=1e-6)
 
 
+# ---------------------------------------------------------------------- budgets
+
+
+@pytest.mark.parametrize("method", ["trees", "linear"])
+def test_the_certified_radius_by_bisection_is_that_of_the_method(method):
+    x, y = WINE
+    estimator = LogisticRegression() if method == "linear" else tree.DecisionTreeClassifier()
+    model, x = rl.wrap(estimator.fit(x[:, :3], y)), x[::20, :3]
+    threat = rl.LpBall(2, 0.5)
+    truth = rl.certify(model, x, threat, method=method).radius.clip(max=0.5)
+    found = certified_radius(model, x, threat, method=method, halvings=6)
+    assert (found <= truth).all()
+    assert (found >= truth * (1 - 2e-3) - 0.5 / 2**6).all()
+    with pytest.raises(InputError, match="certify bounds a regressor"):
+        certified_radius(small("DecisionTreeRegressor", 0, **FEW)[0], np.zeros((1, 3)), threat)
+
+
+def test_what_evaluate_proves_does_not_depend_on_a_clock(monkeypatch):
+    """One that is so slow that every search ends at its first look."""
+    model, x = small("RandomForestClassifier", 3, n_estimators=15, max_depth=4)
+    threat, ticks = rl.LpBall(math.inf, 0.1), itertools.count(0, 10)
+    whole = rl.certify(model, x.numpy(), threat)
+    slow = types.SimpleNamespace(monotonic=lambda: next(ticks))
+    for module in (_leaves, sys.modules["robustlearn.certify.trees"]):
+        monkeypatch.setattr(module, "time", slow)
+    assert not rl.certify(model, x.numpy(), threat).exact
+    budgeted = rl.certify(model, x.numpy(), threat, passes=1)
+    assert budgeted.exact
+    np.testing.assert_array_equal(budgeted.radius, whole.radius)
+    report = rl.evaluate(model, x.numpy(), model(x).argmax(1).numpy(), threat, attacks="quick")
+    assert report.certificate["exact"]
+
+
 # ---------------------------------------------------------------------- the bracket
 
 
@@ -341,6 +396,33 @@ def test_zero_that_stands_for_a_missing_value_is_refused():
     x, y = CANCER
     assert read(made("XGBClassifier", n_estimators=2, missing=0.0).fit(x, y)) is None
     assert read(made("LGBMClassifier", n_estimators=2, zero_as_missing=True).fit(x, y)) is None
+
+
+@pytest.mark.parametrize("objective", ["count:poisson", "reg:gamma", "reg:logistic"])
+def test_a_function_of_the_sum_is_refused_without_a_complaint(objective):
+    """Warnings are errors here: the leaves did reproduce what they add up to."""
+    x, y = CANCER
+    estimator = made("XGBRegressor", n_estimators=2, objective=objective).fit(x, y + 0.1 * (y < 1))
+    assert type(rl.wrap(estimator)) is EstimatorModel
+    poisson = made("LGBMRegressor", n_estimators=2, objective="poisson").fit(x, y)
+    assert type(rl.wrap(poisson)) is EstimatorModel
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"missing": None}, "set_params"), ({"objective": "binary:logitraw"}, "wrap the labels")],
+)
+def test_what_xgboost_itself_cannot_predict_is_refused_by_name(options, message):
+    estimator = made("XGBClassifier", n_estimators=2, **options).fit(*CANCER)
+    with pytest.raises(InputError, match=message):
+        rl.wrap(estimator)
+
+
+def test_a_threat_that_is_less_than_its_ball_is_bounded_not_exact():
+    model, x = small("RandomForestClassifier", 2, n_estimators=5, **FEW)
+    threat = rl.Tabular(math.inf, 0.3, integer=[True, False, False])
+    found = rl.certify(model, x.round().numpy(), threat, method="trees")
+    assert not found.exact
 
 
 def test_rounding_of_the_sums_is_left_room_for():

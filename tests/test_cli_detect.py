@@ -61,6 +61,12 @@ def test_a_rate_that_so_few_rows_cannot_keep_is_told(folder, capsys):
     assert detect("--false-alarm", "0.001") == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "smallest p-value is 0.00498: give more normal rows" in shown
+    assert "approximate" not in shown
+    lines = (folder / "normal.csv").read_text().splitlines()
+    (folder / "few.csv").write_text("\n".join(lines[:31]))
+    assert detect(data="few.csv") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Learnt from 30 rows alone, that rate is approximate" in shown
 
 
 @pytest.mark.parametrize(
@@ -74,6 +80,29 @@ def test_a_rate_that_so_few_rows_cannot_keep_is_told(folder, capsys):
 def test_what_the_user_can_mend(folder, capsys, options, said):
     assert detect(**options) == 2
     assert said in capsys.readouterr().err
+
+
+def test_rows_that_cannot_be_read_are_told_by_place(folder, capsys):
+    (folder / "header.csv").write_text("a,<b>,c\n")
+    (folder / "gap.csv").write_text("a,<b>,c\n1,2,3\n4,,6\n")
+    for name, said in (
+        ("header.csv", "header.csv has a header and no rows"),
+        ("gap.csv", "gap.csv holds NaN in row 1, column 1 (<b>)"),
+    ):
+        assert detect(score=name) == 2
+        shown = " ".join(capsys.readouterr().err.split())
+        assert said in shown
+        assert "HistGradientBoosting" not in shown
+    assert detect("--seed", "-1") == 2
+    assert "random_state must be" in capsys.readouterr().err
+
+
+def test_a_row_beyond_all_measure_is_flagged_and_reported(folder):
+    (folder / "huge.csv").write_text("a,<b>,c\n0,0,0\n1e308,0,0\n")
+    assert detect("--out", "huge", "--quiet", score="huge.csv") == 0
+    document = json.loads((folder / "huge" / "detection.json").read_text())
+    assert [sample["flagged"] for sample in document["samples"]] == [False, True]
+    assert (folder / "huge" / "detection.html").exists()
 
 
 def test_columns_that_are_left_out_or_hold_text(folder, capsys):

@@ -304,20 +304,23 @@ def test_a_success_that_does_not_repeat_does_not_count(iris):
     assert report.attacks[0].unstable == 100
 
 
-def test_a_contradiction_is_never_reported_as_a_number(linear, iris, monkeypatch):
+@pytest.mark.parametrize("certified", [True, False])
+def test_a_contradiction_is_never_reported_as_a_number(certified, linear, iris, monkeypatch):
+    """A radius says so too: every break is nearer than 1."""
     from robustlearn.certify import CERTIFICATES
     from robustlearn.certify.base import Certificate
 
     def wrong(model, x, threat, y, seconds):
         n = len(x)
+        safe = np.full(n, certified)
         return Certificate(
-            "linear", exact=True, radius=np.ones(n), certified=np.ones(n, bool), margin=np.ones(n)
+            "linear", exact=True, radius=np.ones(n), certified=safe, margin=np.ones(n)
         )
 
     monkeypatch.setattr(CERTIFICATES["linear"].__class__, "__setattr__", object.__setattr__)
     monkeypatch.setattr(CERTIFICATES["linear"], "function", wrong)
     with pytest.raises(ContradictionError, match="certified by linear and broken by an attack"):
-        rl.evaluate(linear, *iris, rl.LpBall(2, 1.0))
+        rl.evaluate(linear, *iris, rl.LpBall(2, 1.0), attacks="fgsm")
 
 
 # ---------------------------------------------------------------------- memory and interruption

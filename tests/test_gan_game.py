@@ -147,10 +147,25 @@ class Judging(nn.Module):
         return Judgement(self.score(features), features, self.classes(features))
 
 
-def test_began_takes_its_balance_from_step_to_step():
-    generator, critic = networks()[0], perceptron(2, 2, width=16)
-    result = fitted(generator, critic, loss="began:rate=0.1:gamma=0.9", penalty="", epochs=3)
-    assert 0 < result.game.loss.state <= 1
+@pytest.mark.parametrize("order", game.ORDERS)
+def test_began_moves_its_balance_once_a_step(order):
+    """k = λ(γ·E L(x) − E L(G(z))) after one step of players that stay where they are."""
+    generator, critic, x = *networks()[:1], perceptron(2, 2, width=16), 3 * ring().sample(64)
+    options = {"loss": "began:rate=0.01:gamma=1.0", "penalty": "", "lr": 0.0}
+    result = fitted(generator, critic, data=x, order=order, **options)
+    keys = _tensor.fold(play_keys(next(iter(play_order(x)))), game.CRITIC_NOISE)
+    with torch.no_grad():
+        fake = generator(_tensor.normal(keys, (2,), torch.float32))
+        errors = [(critic(part) - part).abs().mean() for part in (x, fake)]
+    assert result.game.loss.state == pytest.approx(0.01 * float(errors[0] - errors[1]), rel=1e-5)
+    assert result.game.loss.state > 1e-4
+
+
+def test_a_batch_that_is_left_out_does_not_move_the_balance_of_began():
+    generator, critic, x = *networks()[:1], perceptron(2, 2, width=16), 3 * ring().sample(64)
+    x[5] = math.nan
+    result = fitted(generator, critic, data=x, loss="began:rate=0.01", penalty="", epochs=2)
+    assert result.game.loss.state == 0.0
 
 
 class Labelled(nn.Module):
@@ -224,8 +239,15 @@ def test_an_auxiliary_classifier_makes_labels_count():
 
 
 def test_packs_reach_the_critic():
-    result = fitted(*networks(packing=3), packing=3)
-    assert result.history.rows[0]["metrics"]["critic"] > 0
+    generator, critic = networks(packing=3)
+    seen = []
+    critic.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
+    x = ring().sample(64)
+    fitted(generator, critic, data=x, packing=3, penalty="")
+    batch = x[next(iter(play_order(x)))]
+    assert any(
+        part.equal(torch.cat([batch, batch.roll(-1, 0), batch.roll(-2, 0)], 1)) for part in seen
+    )
     with pytest.raises(RuntimeError):  # torch: the critic's input is too small
         fitted(*networks(packing=1), packing=3)
 

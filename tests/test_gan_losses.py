@@ -5,9 +5,11 @@ import math
 
 import pytest
 import torch
+from scipy.stats import wasserstein_distance
 
+from robustlearn import registry
 from robustlearn.errors import InputError
-from robustlearn.gan import LOSSES, TERMS, kernels, losses
+from robustlearn.gan import LOSSES, kernels, losses, terms
 
 X = torch.linspace(-14, 14, 701, dtype=torch.float64)
 DX = float(X[1] - X[0])
@@ -108,13 +110,31 @@ def test_the_bound_of_a_divergence_is_tight(name):
     assert -least == pytest.approx(DIVERGENCES[name], rel=2e-3)
 
 
+CONJUGATES = {  # f*(f′(u)) = u·f′(u) − f(u), from f alone
+    "kl": lambda u: u,
+    "reverse_kl": lambda u: math.log(u) - 1,
+    "pearson": lambda u: u**2 - 1,
+    "squared_hellinger": lambda u: math.sqrt(u) - 1,
+    "js": lambda u: math.log((u + 1) / 2),
+}
+
+
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_the_generator_descends_what_the_critic_bounds(name):
-    """−E_q f*(T) is the part of the bound that depends on q."""
-    pair = losses.get(name)
-    zero = torch.zeros_like(V)
-    bound = -pair.critic(zero, V) + pair.critic(zero, zero)
-    torch.testing.assert_close(bound, pair.generator(zero, V) - pair.generator(zero, zero))
+    """Where p/q = u the generator's loss at the best score is −f*(f′(u))."""
+    pair, (real, fake) = losses.get(name), parts(losses.get(name))
+    for u in (0.3, 1.0, 2.5):
+        best = V[(u * real + fake).argmin()][None]
+        assert float(pair.generator(best, best)) == pytest.approx(-CONJUGATES[name](u), abs=0.03)
+
+
+@pytest.mark.parametrize("name", [*DIVERGENCES, "minimax", "hinge", "least_squares", "wasserstein"])
+def test_a_critic_at_0_is_in_balance(name):
+    """Where p = q it is pulled up at real samples as it is pushed down at generated ones."""
+    real, fake = torch.zeros(2, 1, requires_grad=True).unbind()
+    slopes = torch.autograd.grad(losses.get(name).critic(real, fake).sum(), (real, fake))
+    assert float(slopes[0] + slopes[1]) == 0
+    assert float(slopes[1]) > 0
 
 
 def slope(name, score):
@@ -174,10 +194,37 @@ def test_what_a_constant_critic_costs():
         assert pair.generator(zero, zero).tolist() == pytest.approx([generator * math.log(2)] * 4)
 
 
-def test_the_wasserstein_critic_of_two_points():
-    """The best critic on the line that is 1-Lipschitz, x ↦ −x, finds W₁ = 3 of two points."""
-    real, fake = torch.zeros(5), torch.full((5,), 3.0)
-    assert float(losses.get("wasserstein").critic(-real, -fake).mean()) == -3.0
+def test_the_best_1_lipschitz_critic_on_the_line_finds_the_wasserstein_distance():
+    """Its slope is the sign of F_q − F_p; no other one that is 1-Lipschitz finds more."""
+    source = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 60, generator=source, dtype=torch.float64)
+    y = 2 * y + 0.3
+    both, place = torch.cat([x, y]).sort()
+    ahead = (torch.where(place < 60, -1.0, 1.0) / 60).cumsum(0)  # F_q − F_p
+    pair = losses.get("wasserstein")
+
+    def loss(slopes):
+        heights = torch.cat([torch.zeros(1), (slopes * both.diff()).cumsum(0)])
+        scores = torch.empty_like(heights).scatter(0, place, heights)
+        return float(pair.critic(scores[:60], scores[60:]).mean())
+
+    distance = wasserstein_distance(x, y)
+    assert -loss(ahead[:-1].sign()) == pytest.approx(distance)
+    for _ in range(20):
+        assert -loss(2 * torch.rand(119, generator=source) - 1) < distance
+
+
+def test_the_best_relativistic_critic_of_two_points():
+    """Real ones are 0 or 1 by p, generated ones by q: D(0) − D(1) = log(p₀q₁/(p₁q₀))."""
+    p, q = (0.7, 0.3), (0.4, 0.6)
+    zero = torch.zeros_like(V)
+    scores = (V, zero)  # of the points 0 and 1
+    loss = sum(
+        p[i] * q[j] * losses.get("relativistic_paired").critic(scores[i], scores[j])
+        for i in range(2)
+        for j in range(2)
+    )
+    assert float(V[loss.argmin()]) == pytest.approx(math.log(0.7 * 0.6 / (0.3 * 0.4)), abs=0.01)
 
 
 def test_the_balance_of_began_rests_where_its_ratio_is_met():
@@ -189,6 +236,7 @@ def test_the_balance_of_began_rests_where_its_ratio_is_met():
     assert rising.critic(real, fake).tolist() == pytest.approx([1.9] * 4)
     assert rising.following(real, 100 * fake).state == 0.0
     assert rising.following(100 * real, fake).state == 1.0
+    assert rising.following(real, fake * math.nan).state == rising.state
 
 
 def test_mmd_is_that_of_two_normals():
@@ -235,10 +283,9 @@ def test_feature_matching_is_the_method_of_moments():
 
 def test_terms_of_a_task():
     scores = torch.tensor([0.0, 2.0], dtype=torch.float64)
-    found = losses.adversarial_cross_entropy(scores, weight=3.0)
+    found = terms.adversarial_cross_entropy(scores, weight=3.0)
     assert found.tolist() == pytest.approx((-3 * scores.sigmoid().log()).tolist())
-    assert losses.adversarial_hinge(scores, margin=1.5).tolist() == [1.5, 0.0]
-    assert set(TERMS) == {"adversarial_cross_entropy", "adversarial_hinge"}
+    assert terms.adversarial_hinge(scores, margin=1.5).tolist() == [1.5, 0.0]
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -257,6 +304,11 @@ def test_what_cannot_be_is_refused():
         ("nonsense", "no adversarial loss named"),
         ("hinge:a=1", "no option a"),
         ("smoothed:real=0.2:fake=0.5", "0 ≤ fake < real ≤ 1"),
+        ("began:rate=-1", "rate must be a number"),
+        ("began:gamma=7", "gamma must be a number"),
+        ("mmd:sigma=x", "sigma must be a number"),
+        ("feature_matching:critic=began", "choose another critic's loss"),
+        (3, "expected a name"),
     ):
         with pytest.raises(InputError, match=said):
             losses.get(wrong)
@@ -264,6 +316,6 @@ def test_what_cannot_be_is_refused():
         losses.get("mmd").critic(torch.zeros(1, 2), torch.zeros(1, 2))
 
 
-@pytest.mark.parametrize("module", [losses, kernels])
+@pytest.mark.parametrize("module", [losses, kernels, terms, registry])
 def test_the_examples_of_the_docstrings(module):
     assert doctest.testmod(module, raise_on_error=True).attempted

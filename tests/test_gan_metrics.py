@@ -44,6 +44,9 @@ def test_the_bandwidth_is_the_median_of_the_distances():
     wanted = torch.pdist(both).median()
     assert kernels.median_bandwidth(x, y) == pytest.approx(float(wanted))
     assert metrics.mmd(x, y) == pytest.approx(metrics.mmd(x, y, sigma=float(wanted)))
+    rare = torch.zeros(40, 2)
+    rare[:4] = torch.tensor([0.0, 3.0])
+    assert kernels.median_bandwidth(rare, rare[:0]) == 3.0  # of the pairs that differ
 
 
 @pytest.mark.parametrize("sizes", [(50, 50), (31, 70), (1, 9)])
@@ -58,6 +61,8 @@ def test_sliced_wasserstein_of_a_shift():
     found = metrics.sliced_wasserstein(x, x + move, projections=4000)
     assert found == pytest.approx(1.0, abs=0.03)  # E|θ₁| = 1/2 on the sphere
     assert metrics.sliced_wasserstein(x, x) == 0.0
+    whole = torch.arange(4)[:, None]
+    assert metrics.sliced_wasserstein(whole, whole + 2) == pytest.approx(2.0)
     assert metrics.sliced_wasserstein(x, x + move, seed=1) != found
 
 
@@ -143,6 +148,7 @@ def test_what_cannot_be_compared_is_refused():
         lambda: metrics.precision_recall(x[:3], x),
         lambda: metrics.precision_recall_curve(torch.ones(2), torch.ones(3)),
         lambda: metrics.correlation_dimension(x),
+        lambda: metrics.correlation_dimension(normal(500, 2).round()),
     ):
         with pytest.raises(InputError):
             call()

@@ -131,6 +131,8 @@ def test_what_cannot_be_is_refused():
     for call, said in (
         (lambda: regularizers.penalties("r3"), "no penalty named"),
         (lambda: regularizers.penalties("r1:centre=1"), "no option centre"),
+        (lambda: regularizers.penalties("r1:weight=abc"), "weight must be a number"),
+        (lambda: regularizers.penalties("dragan:weight=-1"), "weight must be a number"),
         (lambda: spectral(nn.ReLU()), "no linear"),
         (lambda: spectral(perceptron(2, 1, zero=True)), "starts at 0"),
         (lambda: packed(torch.zeros(3, 1), 4), "1 to 3"),

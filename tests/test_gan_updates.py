@@ -95,6 +95,29 @@ def test_the_dirac_game_converges_with_r1_alone(penalty, converges):
         assert float(way[-50:, 0].abs().max()) > 0.1
 
 
+def test_looking_ahead_is_clipped_as_steps_are():
+    """Gradients of a thousand, clipped to 1 at a rate of 0.1: no weight is asked for beyond 1.1."""
+    asked = []
+
+    class Asked(Slope):
+        def forward(self, x):
+            asked.append(float(self.slope.detach()))
+            return super().forward(x)
+
+    modules = {"generator": Point(), "critic": Asked()}
+    played = GanGame(
+        modules,
+        {name: torch.optim.SGD(m.parameters(), lr=0.1) for name, m in modules.items()},
+        1,
+        losses.get("wasserstein"),
+        order="extragradient",
+    )
+    x = torch.full((1, 1), 1000.0, dtype=torch.float64)
+    play(played, x, epochs=1, batch_size=1, clip=1.0)
+    assert max(asked) == pytest.approx(1.1)
+    assert float(modules["critic"].slope.detach()) == pytest.approx(1.1)
+
+
 def test_an_unrolled_critic_bends_the_generators_gradient():
     """y' = y + kηx: the generator descends −x(y + kηx), y counted after the critic's own step."""
     eta, k = 0.1, 3

@@ -209,3 +209,18 @@ def test_two_thousand_images_are_certified_in_seconds():
     start = time.process_time()
     rl.certify(net, x, rl.LpBall(2, 0.1, lower=0.0, upper=1.0))
     assert time.process_time() - start < 6  # CPU seconds of both cores, with room for noise
+
+
+def test_the_radius_leaves_room_for_the_rounding_of_float32():
+    """On the boundary the model itself predicts another class than real numbers do."""
+    torch.manual_seed(0)
+    net = nn.Linear(200, 2)
+    weight, bias = (part.detach().double() for part in net.parameters())
+    normal, offset = weight[0] - weight[1], bias[0] - bias[1]
+    x = torch.randn(500, 200).double()
+    x = (x - ((x @ normal + offset) / normal.norm() ** 2)[:, None] * normal).float()
+    y = (x.double() @ weight.T + bias).argmax(1)
+    found = rl.certify(net, x, rl.LpBall(math.inf, 1e-3), y=y.numpy())
+    broken = (net(x).argmax(1) != y).numpy()
+    assert broken.sum() > 50
+    assert (found.radius[broken] == 0).all()

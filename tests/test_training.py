@@ -213,6 +213,35 @@ def test_a_run_that_is_resumed_knows_its_best_weights(digits, tmp_path, monkeypa
     assert rows[0] == rows[1]
 
 
+def test_a_run_that_is_killed_while_it_is_validated_rolls_back_as_the_other(
+    few, tmp_path, monkeypatch
+):
+    """No step is played again then, and the epoch that has overfitted must still be judged so."""
+    told = [Standing(0.9, 0.6, 0.4), Standing(0.99, 0.98, 0.01), *[Standing(0.9, 0.5, 0.3)] * 3]
+    given = {"epochs": 5, "attacks": None, "on_overfitting": "rollback", "save_every": 0.0}
+    given |= {"patience": 2, "ramp": 0.0}
+    calls = iter(told)
+
+    def found(*given, **options):
+        standing = next(calls)
+        if standing is None:
+            raise KeyboardInterrupt
+        return standing
+
+    monkeypatch.setattr(sys.modules["robustlearn.train.training"], "validate", found)
+    with pytest.warns(UserWarning, match="back to the best weights"):
+        whole = fit(network(), few, BALL, out=tmp_path / "whole", **given)
+    calls = iter([told[0], None])
+    with pytest.raises(KeyboardInterrupt):
+        fit(network(), few, BALL, out=tmp_path / "parts", **given)
+    calls = iter(told[1:])
+    with pytest.warns(UserWarning, match="back to the best weights"):
+        parts = fit(network(seed=5), few, BALL, out=tmp_path / "parts", resume=True, **given)
+    rows = [[{**r, "seconds": 0} for r in result.history.rows] for result in (whole, parts)]
+    assert rows[0] == rows[1]
+    assert len(rows[0]) == 4  # patience begins anew with the objective of several steps
+
+
 # ---------------------------------------------------------------------- interruption
 
 
@@ -240,6 +269,29 @@ def test_an_interrupted_training_ends_with_equal_weights(digits, tmp_path, optio
         fit(again, data, BALL, out=tmp_path / "parts", resume=True, **{**given, "awp": 0.3})
 
 
+class Noting(nn.Module):
+    """A network that notes whether it is trained, and in which type it computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.seen = network(), set()
+
+    def forward(self, x):
+        output = self.net(x)
+        self.seen.add((self.training, output.dtype))
+        return output
+
+
+@pytest.mark.parametrize("objective", ["pgd_at:steps=2", "trades:steps=1", "mart:steps=1"])
+def test_points_may_be_sought_in_another_precision_than_weights_are_trained(few, objective):
+    net = Noting()
+    fit(net, few, BALL, objective=objective, crafting="bf16", **QUICK)
+    assert {(True, torch.float32), (False, torch.bfloat16)} <= net.seen
+    assert (True, torch.bfloat16) not in net.seen
+    with pytest.raises(rl.InputError, match="crafting is one of"):
+        fit(net, few, BALL, crafting="fp8", **QUICK)
+
+
 class Shifted(torch.utils.data.Dataset):
     """Digits that are moved to and fro by a draw of their own."""
 
@@ -260,8 +312,8 @@ QUICK = {"epochs": 1, "attacks": None, "validation": None}
 def test_perturbations_of_samples_that_are_drawn_anew_are_not_kept(digits):
     x, y = digits[0][:128], digits[1][:128]
     with pytest.raises(rl.InputError, match="memory=False to augment"):
-        fit(network(), Shifted(x, y), BALL, **QUICK)
-    fit(network(), Shifted(x, y), BALL, memory=False, **QUICK)
+        fit(network(), Shifted(x, y), BALL, memory=True, **QUICK)
+    assert not fit(network(), Shifted(x, y), BALL, **QUICK).settings["memory"]
     assert fit(network(), Shifted(x, y, draws=False), BALL, **QUICK).settings["memory"]
 
 
@@ -331,6 +383,35 @@ def test_the_command_writes_weights_and_reports(module, tmp_path, capsys):
     assert run(command(module, out)) == 2
     assert "holds a run already" in capsys.readouterr().err
     assert run(command(module, out, "--attacks", "none", "--resume")) == 0
+
+
+def test_progress_is_told_from_python_too(few, capsys):
+    fit(network(), few, BALL, progress=True, **{**QUICK, "epochs": 2})
+    assert re.search(r"epoch 1: loss [.\d]+.*\nepoch 2: loss", capsys.readouterr().err)
+    fit(network(), few, BALL, **QUICK)
+    assert not capsys.readouterr().err
+
+
+def test_the_command_takes_data_to_choose_by_to_judge_by_and_to_mix_in(module, tmp_path, capsys):
+    x, y = load_digits(return_X_y=True)
+    x = (x / 16).astype(np.float32).reshape(-1, 1, 8, 8)
+    np.savez(tmp_path / "more.npz", x=x[400:500], y=y[400:500])
+    np.savez(
+        tmp_path / "two.npz", x_train=x[:9], y_train=y[:9], x_test=x[500:560], y_test=y[500:560]
+    )
+    more, two = str(tmp_path / "more.npz"), str(tmp_path / "two.npz")
+    asked = ["--validation", more, "--test", two, "--extra", more, "--extra-share", "0.5"]
+    asked += ["--class-weights", "balanced", "--memory-file", str(tmp_path / "kept.npy")]
+    assert run(command(module, tmp_path / "run", "--attacks", "quick", "--json", *asked)) == 0
+    told = json.loads(capsys.readouterr().out)["settings"]
+    assert told["memory"]
+    assert sum(told["class_weights"]) == pytest.approx(10, abs=1)
+    (report,) = json.loads((tmp_path / "run" / "report.json").read_text())["evaluations"]
+    assert (report["data"], len(report["samples"])) == ("test", 60)
+    assert np.load(tmp_path / "kept.npy").shape == (500, 1, 8, 8)
+    assert run(command(module, tmp_path / "other", "--class-weights", "1,x")) == 2
+    assert "one number a class" in capsys.readouterr().err
+    assert run(command(module, tmp_path / "other", "--test", "iris")) == 2
 
 
 def test_the_command_prints_json_and_takes_a_criterion(tmp_path, capsys):
@@ -553,6 +634,7 @@ def test_a_second_overfitting_is_not_advised_what_is_on(few, monkeypatch):
         ({"criterion": Criterion(smoothing=0.5)}, "smoothing was 0.0, is 0.5"),
         ({"criterion": Criterion(weights=torch.arange(1.0, 11))}, "class_weights was"),
         ({"validation": 60}, "validation was"),
+        ({"train": 151}, "data was"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(few, tmp_path, changed, said):
@@ -560,8 +642,10 @@ def test_a_checkpoint_of_another_run_is_refused(few, tmp_path, changed, said):
     fit(network(), few, BALL, **given)
     if "validation" in changed:
         changed = {"validation": tuple(part[50 : changed["validation"]] for part in few)}
+    y = few[1].clone()
+    y[changed.pop("train", [])] = 0
     with pytest.raises(rl.InputError, match=said):
-        fit(network(), few, BALL, resume=True, **{**given, **changed})
+        fit(network(), (few[0], y), BALL, resume=True, **{**given, **changed})
 
 
 def test_the_settings_tell_how_it_was_trained(few):

@@ -1,7 +1,7 @@
 """What the detectors share: scikit-learn's contract around a differentiable anomaly score."""
 
 from abc import abstractmethod
-from numbers import Integral, Real
+from collections.abc import Collection, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -16,11 +16,14 @@ from robustlearn.anomaly import conformal
 from robustlearn.anomaly.explanation import Explanation, explained
 from robustlearn.anomaly.fusion import Score
 from robustlearn.errors import InputError
+from robustlearn.registry import Range, check_options
 from robustlearn.threats import LpBall
 
 Array = NDArray[np.float64]
 CHUNK = 1024  # rows scored together
 BAGGED = "bagged"
+RATE = Range(0, 1, "()")
+LOWEST = np.finfo(np.float64).min  # of a score: a row too far away to be measured
 
 
 class Detector(OutlierMixin, BaseEstimator):
@@ -47,7 +50,8 @@ class Detector(OutlierMixin, BaseEstimator):
 
         Raises
         ------
-        InputError for fewer than two rows, NaN, infinity, text, and options that cannot be.
+        InputError for fewer than two rows, NaN, infinity, text, and options that cannot be; and for
+        rows so large or so close together that distances between them cannot be computed.
         """
         self._check_options()
         rows = self._rows(X, reset=True)
@@ -62,6 +66,11 @@ class Detector(OutlierMixin, BaseEstimator):
         self.score_ = self._learnt(self.rows_, generator)
         new = -self.score_.of_training.numpy() if held_out is None else self._scores(held_out)
         self.calibration_ = np.sort(new)
+        if not np.isfinite(np.median(new)):
+            raise InputError(
+                "most of the training rows have no finite score: distances between them overflow; "
+                "scale the features to a common size first"
+            )
         if self.contamination == "auto":
             self.offset_ = conformal.threshold(self.calibration_, float(self.false_alarm))
         else:
@@ -102,7 +111,10 @@ class Detector(OutlierMixin, BaseEstimator):
     def p_values(self, X: Any) -> Array:
         """Return conformal p-values, (n,): flagging p ≤ α raises a false alarm at rate ≤ α.
 
-        That is exact for ``calibration`` by rows held out, and approximate for ``"bagged"``.
+        That holds for ``calibration`` by rows held out. For ``"bagged"`` it is approximate: the
+        score of a training row leaves the row itself out, but not its part in the scaling, and with
+        few rows in many features more than α are flagged. At α = 10%, heavy tails: 14 to 17% with
+        30 rows in 10 features, 11 to 14% with 100 rows in 20, 10 to 11% with 200.
         """
         return conformal.p_values(self.calibration_, self.score_samples(X))
 
@@ -116,7 +128,8 @@ class Detector(OutlierMixin, BaseEstimator):
 
         Returns
         -------
-        One `Explanation` a row; None for rows that are accepted.
+        One `Explanation` a row; None for rows that are accepted, and where no accepted point is
+        found.
         """
         check_is_fitted(self)
         return explained(self, self._rows(X, reset=False), p)
@@ -133,7 +146,7 @@ class Detector(OutlierMixin, BaseEstimator):
     def _scores(self, rows: Array) -> Array:
         with torch.no_grad():
             parts = [-self.score_(part) for part in torch.from_numpy(rows).split(CHUNK)]
-        return np.asarray(torch.cat(parts).numpy())
+        return np.maximum(torch.cat(parts).numpy(), LOWEST)
 
     # ------------------------------------------------------------------ input
 
@@ -145,24 +158,44 @@ class Detector(OutlierMixin, BaseEstimator):
                 dtype=np.float64,
                 order="C",
                 ensure_min_samples=2 if reset else 1,
+                ensure_all_finite=False,  # told below, by row and column
                 reset=reset,
                 copy=True,
             )
         except ValueError as error:
             raise InputError(f"{error}{_remedy(str(error))}") from error
+        check_finite(rows, "X", getattr(self, "feature_names_in_", None))
         return np.asarray(rows)
 
     def _seed(self) -> int:
-        return int(check_random_state(self.random_state).randint(2**31 - 1))
+        try:
+            return int(check_random_state(self.random_state).randint(2**31 - 1))
+        except ValueError as error:
+            raise InputError(
+                "random_state must be None, a whole number in [0, 2³²) or a RandomState; got "
+                f"{self.random_state!r}"
+            ) from error
 
     def _check_options(self) -> None:
         """Raise an InputError for options that cannot be."""
-        share(self.false_alarm, "false_alarm", 1.0)
-        if self.contamination != "auto":
-            share(self.contamination, "contamination", 0.5)
-        if self.calibration != BAGGED:
-            share(self.calibration, "calibration", 1.0)
-        whole(self.max_rows, "max_rows", 2)
+        words = {"contamination": "auto", "calibration": BAGGED}
+        self._check_numbers(
+            {
+                "false_alarm": RATE,
+                "contamination": Range(0, 0.5, "(]"),
+                "calibration": RATE,
+                "max_rows": Range(2, np.inf, "[)", whole=True),
+            },
+            {name for name, word in words.items() if getattr(self, name) == word},
+        )
+
+    def _check_numbers(self, ranges: dict[str, Range], but: Collection[str] = ()) -> None:
+        """Raise an InputError unless each option lies in its range, but for those left out."""
+        given = {name: getattr(self, name) for name in ranges if name not in but}
+        for name, value in given.items():
+            if value is None:
+                raise InputError(f"{name} must be {ranges[name]}; got None")
+        check_options(type(self).__name__, given, ranges)
 
 
 class Decision(nn.Module):
@@ -185,17 +218,19 @@ class Decision(nn.Module):
         return -high - self.offset, -low - self.offset
 
 
-def whole(value: Any, name: str, least: int) -> None:
-    """Raise an InputError unless a value is a whole number of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
-        raise InputError(f"{name} must be a whole number of at least {least}; got {value!r}")
-
-
-def share(value: Any, name: str, most: float) -> None:
-    """Raise an InputError unless a value lies in (0, most]."""
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not (number and 0 < float(value) <= most):
-        raise InputError(f"{name} must be a number in (0, {most:g}]; got {value!r}")
+def check_finite(rows: Array, source: str, names: Sequence[str] | None = None) -> None:
+    """Raise an InputError that names the first row and column of (n, d) without a finite number."""
+    holes = np.argwhere(~np.isfinite(rows))
+    if not len(holes):
+        return
+    row, column = holes[0]
+    value = "NaN" if np.isnan(rows[row, column]) else "infinity"
+    name = "" if names is None else f" ({names[column]})"
+    raise InputError(
+        f"{source} holds {value} in row {row}, column {column}{name}, counted from 0, and "
+        f"{len(holes)} such values in all; finite numbers were expected: drop or impute these "
+        "rows, for a distance to them has no meaning"
+    )
 
 
 def _thinned(rows: Array, most: int, generator: torch.Generator) -> Array:
@@ -208,6 +243,4 @@ def _remedy(said: str) -> str:
     """Say what to do about a complaint of scikit-learn's."""
     if "could not convert" in said:
         return "; encode text and categories as numbers first, for example one column a category"
-    if "NaN" in said or "infinity" in said:
-        return "\nDrop or impute these rows: a distance to them has no meaning."
     return ""

@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robustlearn.anomaly.base import BAGGED, Detector, whole
+from robustlearn.anomaly.base import BAGGED, Detector
 from robustlearn.anomaly.fusion import Score
 from robustlearn.anomaly.neighbors import Reference
 from robustlearn.anomaly.scaling import SCALINGS, Map, reach
 from robustlearn.errors import InputError
+from robustlearn.registry import COUNT
 from robustlearn.threats import LpBall
 
 
@@ -22,8 +23,9 @@ class MeanNeighborDetector(Detector):
     Parameters
     ----------
     n_neighbors : k; at most all other rows.
-    scaling : ``"standard"``, ``"range"`` (often better where many features are nearly constant),
-        ``"rank"`` or ``"none"``.
+    scaling : ``"range"``, cut so that huge outliers among the training rows hide nothing
+        (`scaling.by_range`); ``"standard"``, by mean and standard deviation, which one such row
+        makes blind; ``"rank"``; or ``"none"``.
     contamination, false_alarm, calibration, max_rows, random_state : as for
         `HardNegativeDetector`; without critics, ``calibration="bagged"`` leaves one row out each.
 
@@ -43,7 +45,7 @@ class MeanNeighborDetector(Detector):
         self,
         *,
         n_neighbors: int = 5,
-        scaling: str = "standard",
+        scaling: str = "range",
         contamination: Any = "auto",
         false_alarm: float = 0.05,
         calibration: Any = BAGGED,
@@ -63,7 +65,7 @@ class MeanNeighborDetector(Detector):
 
     def _check_options(self) -> None:
         super()._check_options()
-        whole(self.n_neighbors, "n_neighbors", 1)
+        self._check_numbers({"n_neighbors": COUNT})
         if self.scaling not in SCALINGS:
             raise InputError(f"scaling must be one of {', '.join(SCALINGS)}; got {self.scaling!r}")
 

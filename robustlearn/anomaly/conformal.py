@@ -45,5 +45,5 @@ def threshold(calibration: Array, false_alarm: float) -> float:
     >>> threshold(np.arange(99.0), 0.05)
     4.0
     """
-    k = max(1, math.floor(false_alarm * (len(calibration) + 1) + 1e-9))
-    return float(calibration[k - 1])
+    k = math.floor(false_alarm * (len(calibration) + 1) + 1e-9)
+    return float(calibration[min(max(k, 1), len(calibration)) - 1])

@@ -1,5 +1,7 @@
 """Why a row is flagged: the nearest point that the detector accepts, found by attacking it."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +21,10 @@ if TYPE_CHECKING:
 
 STEPS = 40
 HALVINGS = 20
-MARGIN = 1e-9  # of the decision: rounding depends on the batch that a row travels in
+MARGIN = 1e-9  # of a typical score: rounding depends on the batch that a row travels in
 FAR = 1e3  # ranges within which an accepted point is looked for
+
+Accepts = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,53 +55,72 @@ def explained(detector: "Detector", rows: NDArray[np.float64], p: float) -> list
     x = torch.from_numpy(rows[flagged])
     normal = detector.rows_
     unit = by_range(normal).divisor
-    point = _nearest(model, x, normal, unit, p)
-    point = _restored(model, x, point, unit)
+    accepts = functools.partial(_accepted, model, _margin(detector))
+    goal = _accepted_row(model, x, normal, unit, p, _margin(detector))
+    point = _restored(accepts, x, _nearest(model, accepts, x, goal, unit, p), unit)
     distances = ((point - x) / unit).norm(p, dim=1)
+    right = (detector._scores(point.numpy()) >= detector.offset_) & distances.isfinite().numpy()
     numbers = np.flatnonzero(flagged)
-    for number, row, other, distance in zip(numbers, x, point, distances, strict=True):
+    for number, row, other, distance in zip(
+        numbers[right], x[right], point[right], distances[right], strict=True
+    ):
         order = ((other - row) / unit).abs().argsort(descending=True).tolist()
         changed = [(j, float(row[j]), float(other[j])) for j in order if row[j] != other[j]]
         found[number] = Explanation(other.numpy(), float(distance), changed)
     return found
 
 
-def _nearest(model: Model, x: Tensor, normal: Tensor, unit: Tensor, p: float) -> Tensor:
-    """Return the nearer of what a minimal-norm attack finds and the way to an accepted row."""
+def _margin(detector: "Detector") -> float:
+    """Return by how much a decision must be above 0 to be so for sure."""
+    typical = float(np.median(np.abs(detector.calibration_)))
+    return MARGIN * max(abs(detector.offset_), typical)
+
+
+def _nearest(
+    model: Model, accepts: Accepts, x: Tensor, goal: Tensor, unit: Tensor, p: float
+) -> Tensor:
+    """Return the nearer of what a minimal-norm attack finds and the way to the goal."""
     threat = LpBall(p, FAR, scale=unit)
     flagged = torch.zeros(len(x), dtype=torch.long)
     attacked = ATTACKS["fmn"].function(model, x, flagged, threat, steps=STEPS)
-    walked = _walked(model, x, _accepted_row(model, x, normal, unit, p))
+    walked = _walked(accepts, x, goal)
     far = [((point - x) / unit).norm(p, dim=1) for point in (attacked, walked)]
-    better = _accepted(model, attacked) & (far[0] < far[1])
+    better = accepts(attacked) & ((far[0] < far[1]) | ~accepts(walked))
     return torch.where(better[:, None], attacked, walked)
 
 
-def _accepted_row(model: Model, x: Tensor, normal: Tensor, unit: Tensor, p: float) -> Tensor:
-    """Return for each row the nearest normal row that is accepted."""
-    inside = normal[_accepted(model, normal)]
+def _accepted_row(
+    model: Model, x: Tensor, normal: Tensor, unit: Tensor, p: float, margin: float
+) -> Tensor:
+    """Return for each row the nearest normal row that is accepted; else the best that there is."""
+    decision = _decision(model, normal)
+    inside = normal[decision >= min(margin, float(decision.max()))]
     return inside[torch.cdist(x / unit, inside / unit, p=p).argmin(1)]
 
 
-def _walked(model: Model, x: Tensor, goal: Tensor) -> Tensor:
+def _walked(accepts: Accepts, x: Tensor, goal: Tensor) -> Tensor:
     """Return the accepted point nearest to x that bisection finds on the way to the goal."""
     low, high = torch.zeros(len(x), 1, dtype=x.dtype), torch.ones(len(x), 1, dtype=x.dtype)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        good = _accepted(model, x.lerp(goal, middle))[:, None]
+        good = accepts(x.lerp(goal, middle))[:, None]
         low, high = torch.where(good, low, middle), torch.where(good, middle, high)
     return torch.where(high < 1, x.lerp(goal, high), goal)
 
 
-def _restored(model: Model, x: Tensor, point: Tensor, unit: Tensor) -> Tensor:
+def _restored(accepts: Accepts, x: Tensor, point: Tensor, unit: Tensor) -> Tensor:
     """Put features back to what they were, the least changed first, as long as that is accepted."""
     order = ((point - x) / unit).abs().argsort(1)
     for column in order.T:
         tried = point.scatter(1, column[:, None], x.gather(1, column[:, None]))
-        point = torch.where(_accepted(model, tried)[:, None], tried, point)
+        point = torch.where(accepts(tried)[:, None], tried, point)
     return point
 
 
-def _accepted(model: Model, x: Tensor) -> Tensor:
+def _accepted(model: Model, margin: float, x: Tensor) -> Tensor:
+    return _decision(model, x) >= margin
+
+
+def _decision(model: Model, x: Tensor) -> Tensor:
     with torch.no_grad():
-        return model(x)[:, 1] >= MARGIN
+        return model(x)[:, 1]

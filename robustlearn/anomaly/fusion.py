@@ -83,15 +83,22 @@ class Densities(Part):
 
     def enclosed(self, x: Tensor, threat: LpBall) -> tuple[Tensor, Tensor]:
         """Bound the columns by how far the threat reaches in each geometry."""
-        found = [
-            density.enclosed(scaling(x), reach(scaling, x, threat, density.reference.p))
-            for scaling, density in zip(self.maps, self.densities, strict=True)
-        ]
         low, high = (
             _columns([(bound[:, :-1], bound[:, -1]) for bound in side])
-            for side in zip(*found, strict=True)
+            for side in _bounds(self.maps, self.densities, x, threat)
         )
         return low, high
+
+
+def _bounds(
+    maps: Sequence[Map], densities: Sequence[Density], x: Tensor, threat: LpBall
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the lower bounds of each density over the threat, (n, 3), and the upper ones."""
+    found = [
+        density.enclosed(scaling(x), reach(scaling, x, threat, density.reference.p))
+        for scaling, density in zip(maps, densities, strict=True)
+    ]
+    return [low for low, _ in found], [high for _, high in found]
 
 
 def _columns(found: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -115,11 +122,10 @@ class Distances(Part):
 
     def enclosed(self, x: Tensor, threat: LpBall) -> tuple[Tensor, Tensor]:
         """Bound the columns by how far the threat reaches after each map."""
-        found = [
-            density.enclosed(scaling(x), reach(scaling, x, threat, density.reference.p))
-            for scaling, density in zip(self.maps, self.densities, strict=True)
-        ]
-        low, high = (torch.stack([b[:, -1] for b in side], 1) for side in zip(*found, strict=True))
+        low, high = (
+            torch.stack([bound[:, -1] for bound in side], 1)
+            for side in _bounds(self.maps, self.densities, x, threat)
+        )
         return low, high
 
 

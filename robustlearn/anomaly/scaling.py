@@ -35,16 +35,18 @@ def plain(x: Tensor) -> Affine:
 
 def standard(x: Tensor) -> Affine:
     """x ↦ (x − mean) / standard deviation; a constant feature is divided by 1."""
-    return Affine(x.mean(0), _or_one(x.std(0, correction=0)))
+    return Affine(*_moments(x))
 
 
 def by_range(x: Tensor) -> Affine:
     """x ↦ (x − min) / range, the range cut at 10 times that of the central 98% of the values.
 
-    The cut keeps one huge outlier among the normal rows from hiding the feature; a feature that
-    is constant but for 2% of the rows, such as a rare flag, has its full range.
+    The cut keeps huge outliers among the normal rows, up to 1% on each side and at least one, from
+    hiding the feature; a feature that is constant but for 2% of the rows, such as a rare flag, has
+    its full range.
     """
-    low, high = quantiles(x, torch.tensor([0.01, 0.99]))
+    outside = min(0.5, max(0.01, 1 / (len(x) - 1)))
+    low, high = quantiles(x, torch.tensor([outside, 1 - outside], dtype=torch.float64))
     least, span = x.amin(0), x.amax(0) - x.amin(0)
     cut = torch.where(high > low, torch.minimum(span, WIDEST * (high - low)), span)
     return Affine(torch.maximum(least, high - cut), _or_one(cut))
@@ -84,7 +86,7 @@ def by_rank(x: Tensor) -> ByRank:
     levels[(knots == knots[:, -1:]) & (knots > knots[:, :1])] = END
     spread = by_range(x)
     held = x.clamp(spread.shift, spread.shift + spread.divisor)
-    centre = Affine(quantiles(x, torch.tensor([0.5]))[0], _or_one(held.std(0, correction=0)))
+    centre = Affine(quantiles(x, torch.tensor([0.5]))[0], _moments(held)[1])
     return ByRank(knots, levels, centre)
 
 
@@ -114,6 +116,18 @@ def reach(scaling: Map, x: Tensor, threat: LpBall, p: float) -> Tensor:
     r = torch.inf if threat.p <= p else 1 / (1 / p - 1 / threat.p)
     together = torch.as_tensor(threat.eps).to(x) * gain.expand_as(x).norm(r, dim=1)
     return torch.minimum(alone, together)
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of each column, 1 for 0.
+
+    Both are computed in units of a power of 2 near the largest value: squares neither overflow nor
+    vanish.
+    """
+    _, exponent = torch.frexp(x.abs().amax(0))
+    unit = torch.ldexp(torch.ones_like(x[0]), exponent.clamp(-1000, 1000))
+    scaled = x / unit
+    return scaled.mean(0) * unit, _or_one(scaled.std(0, correction=0) * unit)
 
 
 def _or_one(scale: Tensor) -> Tensor:

@@ -1,13 +1,10 @@
 """The worst case of an ensemble of trees."""
 
-import math
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from robustlearn._leaves import Array, Search, Space, bound, distances, gap
+from robustlearn._leaves import Aim, Space, distances, least, prediction, rivals
 from robustlearn._tensor import column, flat
 from robustlearn.attacks.base import COUNT, attack
 from robustlearn.models import Model
@@ -26,8 +23,8 @@ def tree_exact(model: Model, x: Tensor, y: Tensor, threat: LpBall, *, boxes: int
     Parameters
     ----------
     x : (n, *shape); y : (n,) labels or targets.
-    boxes : to look at for each sample and rival. Where they do not suffice the point is the worst
-        that was met, or x.
+    boxes : to look at for each sample, times its rivals. Where they do not suffice the point is
+        the worst that was met, or x.
 
     Returns
     -------
@@ -55,30 +52,17 @@ def tree_exact(model: Model, x: Tensor, y: Tensor, threat: LpBall, *, boxes: int
     eps = np.broadcast_to(np.asarray(threat.eps, dtype=np.float64), (len(rows),))
     worst = rows.copy()
     for row, label in enumerate(y.tolist()):
-        best = math.inf
-        reached = far[row][None] <= eps[row]
-        aims = [
-            (offset + float(bound(trees, weight, reached)[0]), weight, offset)
-            for weight, offset in _aims(model, trees, label)
-        ]
-        for least, weight, offset in sorted(aims, key=lambda aim: aim[0]):
-            if least >= best:
-                break
-            search = Search(trees, space.at(row), weight, far[row], float(eps[row]))
-            found = search.run(boxes, cap=best - offset)
-            if found.point is not None and found.value + offset < best:
-                best, worst[row] = found.value + offset, found.point
+        aims = _aims(model, trees, label)
+        found = least(trees, space.at(row), far[row], float(eps[row]), aims, boxes * len(aims))
+        if found.point is not None:
+            worst[row] = found.point
     point = torch.from_numpy(worst).to(x.device, x.dtype).reshape(x.shape)
     return torch.where(column(threat.contains(x, point), x), point, threat.enclose(x, point))
 
 
-def _aims(model: Model, trees: Trees, y: float) -> Iterator[tuple[Array, float]]:
-    """Yield the weights of the leaves, and an offset, of what the adversary lowers."""
-    if model.task == "regression":
-        value, error = trees.value[:, 0] / trees.divisor, float(trees.base[0]) / trees.divisor - y
-        yield value, error
-        yield -value, -error
-        return
-    for rival in range(int(model.num_classes or 2)):
-        if rival != y:
-            yield gap(trees, int(y), rival)
+def _aims(model: Model, trees: Trees, y: float) -> list[Aim]:
+    """Return what the adversary lowers: margins, or ± the error of a regressor."""
+    if model.task == "classification":
+        return rivals(trees, int(y))
+    weight, offset = prediction(trees)
+    return [(weight, offset - y), (-weight, y - offset)]

@@ -1,7 +1,8 @@
 """What a certificate says, and the registry of methods."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ from robustlearn import _tensor
 from robustlearn.errors import InputError
 from robustlearn.models import Model, wrap
 from robustlearn.models import labels as labels_of
-from robustlearn.registry import Registry, parsed
+from robustlearn.registry import Entry, Registry, parsed
 from robustlearn.threats import LpBall
 
+Rows = Tensor | np.ndarray
 CERTIFICATES = Registry("certificate")
 SECONDS = 1.0  # that a sample may take
 NETWORKS = "complete"  # tells why a model cannot be bounded, if nothing else applies
@@ -28,7 +30,7 @@ class Certificate:
     ----------
     method : name of the method in `CERTIFICATES`.
     exact : whether the bounds are attained: True for linear models, where ``radius`` is *the*
-        distance to the decision boundary.
+        distance to the decision boundary, less some for rounding.
     radius : classifier: no point of the threat's norm, box, mask and scale at a smaller distance
         changes the prediction (with y: makes it differ from y; 0 where it does already);
         infinite where none in the box does. None for a regressor.
@@ -94,9 +96,9 @@ def certify(
         given with it, as ``"auto:seconds=10"``.
     seconds : the most that a sample may take in the mean; bounds of networks are left as good as
         they are then, which is sound.
-    passes : instead of seconds, and for ``"auto"`` alone: what may be spent on all samples, in
-        passes of one through a network, so that the result is the same on any machine. Intervals
-        for all, then CROWN for those that promise most.
+    passes : instead of seconds, and for ``"auto"`` alone: about what may be spent on all samples,
+        in passes of one through the model, so that the result is the same on any machine. Of
+        networks intervals for all, then CROWN for those that promise most; of trees as many boxes.
 
     Raises
     ------
@@ -122,17 +124,26 @@ def certify(
     name, options = parsed(method)
     if set(options) - {"seconds"}:
         raise InputError(f"a certificate takes the option seconds alone; got {method!r}")
-    given = (model, points, threat, labels, float(options.get("seconds", seconds)))
+    given, limit = (model, points, threat, labels), float(options.get("seconds", seconds))
     found: Certificate
     if name != "auto":
-        found = CERTIFICATES[name].function(*given)
-    elif names := applicable(model, threat, points):
-        entry = CERTIFICATES[names[0]]
-        if passes is not None and "within" in entry.facts:
-            return entry.facts["within"](*given[:4], passes)
-        found = entry.function(*given)
+        found = CERTIFICATES[name].function(*given, limit)
+    elif not (names := applicable(model, threat, points)):
+        found = _as_a_network(*given, limit)
+    elif passes is None or options:
+        found = CERTIFICATES[names[0]].function(*given, limit)
     else:
-        found = _as_a_network(*given)
+        found = _without_a_clock(CERTIFICATES[names[0]], *given, passes)
+    return found
+
+
+def _without_a_clock(entry: Entry, *given: Any) -> Certificate:
+    """Certify by what a method files as ``within=``, or else without a limit."""
+    found: Certificate
+    if "within" in entry.facts:
+        found = entry.facts["within"](*given)
+    else:
+        found = entry.function(*given[:-1], math.inf)
     return found
 
 
@@ -164,7 +175,108 @@ def euclidean(threat: LpBall, shape: tuple[int, ...]) -> float:
     return float(unit.max()) * count ** max(0.0, 0.5 - 1 / threat.p)
 
 
-def rows(tensor: Tensor) -> np.ndarray:
+def bisected(holds: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, halvings: int) -> Tensor:
+    """Return the largest budget between low, which holds, and high, at which it was seen to."""
+    for _ in range(halvings):
+        middle = (low + high) / 2
+        good = holds(middle)
+        low, high = torch.where(good, middle, low), torch.where(good, high, middle)
+    return low
+
+
+def certified_radius(
+    model: Any,
+    x: Any,
+    threat: LpBall,
+    *,
+    y: Any = None,
+    method: str = "auto",
+    seconds: float = SECONDS,
+    halvings: int = 8,
+) -> np.ndarray:
+    """Return the largest budget, up to that of the threat, at which each sample is certified (n,).
+
+    By bisection between 0 and ε, in ``halvings`` runs of a method; below the truth by its gap and
+    ε·2^−halvings at most.
+
+    Parameters
+    ----------
+    model, x, threat, y, method : as for `certify`; seconds : for all runs on a sample.
+
+    Raises
+    ------
+    InputError for a regressor: there is no class to keep.
+
+    Examples
+    --------
+    >>> from robustlearn.certify import certified_radius
+    >>> net = torch.nn.Linear(1, 2, bias=False)
+    >>> _ = net.weight.data.copy_(torch.tensor([[1.0], [-1.0]]))
+    >>> certified_radius(net, [[0.5]], LpBall(2, 1.0), halvings=3)  # up to 0.5, not itself
+    array([0.375])
+    """
+    eps = torch.as_tensor(threat.eps, dtype=torch.float64).expand(len(x))
+
+    def holds(budget: Tensor) -> Tensor:
+        within, share = replace(threat, eps=budget), seconds / (halvings + 1)
+        found = certify(model, x, within, y=y, method=method, seconds=share)
+        if found.certified is None:
+            raise InputError(
+                "a certified radius is a classifier's; certify bounds a regressor's prediction"
+            )
+        return torch.from_numpy(found.certified)
+
+    low = torch.where(holds(eps), eps, 0.0)
+    return bisected(holds, low, eps, halvings).numpy()
+
+
+def classified(
+    method: str,
+    right: Rows,
+    radius: Rows,
+    certified: Rows,
+    margin: Rows | None = None,
+    *,
+    exact: bool = False,
+    alpha: float = 0.0,
+) -> Certificate:
+    """State a classifier's certificate: where the prediction is wrong as it is, nothing is safe.
+
+    Parameters
+    ----------
+    right : (n,) bool, whether the class that must hold is predicted; radius, certified, margin :
+        (n,) what was proven, right or not.
+    """
+    right = rows(right)
+    return Certificate(
+        method,
+        exact=exact,
+        radius=np.where(right, rows(radius), 0.0),
+        certified=right & rows(certified),
+        margin=None if margin is None else rows(margin),
+        alpha=alpha,
+    )
+
+
+def interval(
+    method: str,
+    lower: Rows,
+    upper: Rows,
+    y: Tensor | None,
+    *,
+    exact: bool = False,
+    alpha: float = 0.0,
+) -> Certificate:
+    """State a regressor's certificate: l ≤ f(x + δ) ≤ u, with targets max(|u − y|, |l − y|)²."""
+    lower, upper = rows(lower), rows(upper)
+    loss = None
+    if y is not None:
+        target = rows(y)
+        loss = np.maximum(np.abs(upper - target), np.abs(lower - target)) ** 2
+    return Certificate(method, exact=exact, lower=lower, upper=upper, loss=loss, alpha=alpha)
+
+
+def rows(values: Rows) -> np.ndarray:
     """Return a result as a numpy array in float64 (or bool)."""
-    array = tensor.detach().cpu().numpy()
+    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
     return array if array.dtype == bool else array.astype(np.float64)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from robustlearn.certify.base import CERTIFICATES, Certificate, rows
+from robustlearn.certify.base import CERTIFICATES, Certificate, bisected, classified
 from robustlearn.models import Model, TorchModel
 from robustlearn.threats import LpBall
 
@@ -40,14 +40,7 @@ def enclosure(
         label = accepted if y is None else y.to(x.device) == 1
         margin = _margin(model, x, threat, label)
         radius = _radius(model, x, threat, label)
-    right = accepted == label
-    return Certificate(
-        method="enclosure",
-        exact=False,
-        radius=rows(torch.where(right, radius, 0)),
-        certified=rows(right & (margin > 0)),
-        margin=rows(margin),
-    )
+    return classified("enclosure", accepted == label, radius, margin > 0, margin)
 
 
 def _margin(model: Model, x: Tensor, threat: LpBall, label: Tensor) -> Tensor:
@@ -58,17 +51,32 @@ def _margin(model: Model, x: Tensor, threat: LpBall, label: Tensor) -> Tensor:
 
 
 def _radius(model: Model, x: Tensor, threat: LpBall, label: Tensor) -> Tensor:
-    """Return the largest ε at which the margin is proven, up to 2⁻²⁰ of it; infinite if all are."""
+    """Return the largest ε at which the margin is proven, up to 2⁻²⁰ of it.
+
+    Infinite if all of the box is proven; without walls the largest ε that was looked at.
+    """
 
     def proven(eps: Tensor) -> Tensor:
         return _margin(model, x, replace(threat, eps=eps), label) > 0
 
-    high = torch.full((len(x),), 1e-6, dtype=torch.float64, device=x.device)
+    low = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    high = torch.full_like(low, 1e-6)
     for _ in range(DOUBLINGS):
-        high = torch.where(proven(high), 2 * high, high)
-    unbounded, low = proven(high), torch.zeros_like(high)
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        good = proven(middle)
-        low, high = torch.where(good, middle, low), torch.where(good, high, middle)
-    return torch.where(unbounded, torch.inf, low)
+        good = proven(high)
+        low, high = torch.where(good, high, low), torch.where(good, 2 * high, high)
+        if not good.any():
+            break
+    low = bisected(proven, low, high, HALVINGS)
+    corner = _corner(threat, x)
+    walled = corner.isfinite()
+    everywhere = walled & proven(torch.where(walled, 2 * corner, 0))
+    return torch.where(everywhere, torch.inf, low)
+
+
+def _corner(threat: LpBall, x: Tensor) -> Tensor:
+    """Return the distance of the farthest corner of the box (n,), infinite without walls."""
+    ends = (-math.inf if threat.lower is None else threat.lower, threat.upper)
+    low, high = (torch.as_tensor(math.inf if end is None else end).to(x.device) for end in ends)
+    way = torch.maximum(x.double() - low, high - x.double())
+    frozen = torch.as_tensor(False) if threat.mask is None else ~threat.mask
+    return threat.norm(way.masked_fill(frozen.to(x.device), 0.0))

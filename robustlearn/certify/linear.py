@@ -8,7 +8,7 @@ from torch import Tensor
 
 from robustlearn._geometry import conjugate, level, row_norm
 from robustlearn._tensor import flat
-from robustlearn.certify.base import CERTIFICATES, Certificate, rows
+from robustlearn.certify.base import CERTIFICATES, Certificate, classified, interval
 from robustlearn.errors import InputError
 from robustlearn.models import Model
 from robustlearn.threats import LpBall
@@ -31,8 +31,8 @@ def linear(
     min_j m_j / ‖scale·v_j‖_q without walls. Regressor, r = wᵀx + b − y: the prediction stays in
     [f − support(−w), f + support(w)] and the squared error below max(|r ± support(±w)|)², which
     is (|r| + ε‖w‖_q)² without walls. All in float64, O(d log d) a sample and rival class;
-    ``certified``, the interval and the loss leave room for the rounding of the model itself
-    (`Model.rounding`), radius and margin are those of real arithmetic.
+    all but the margin leave room for what the rounding of the model itself may do within the
+    threat (`Model.rounding`).
 
     Parameters
     ----------
@@ -43,8 +43,10 @@ def linear(
         raise InputError(f"{model.name} is not known to be linear")
     weight, bias = affine
     x = x.detach().cpu().double()
+    slack = _rounding(model, x, threat)
     if model.task == "regression":
-        return _interval(weight[0], bias[0], x, threat, y, _rounding(model, x, threat))
+        lower, upper = _ends(weight[0], bias[0], x, threat)
+        return interval("linear", lower - slack, upper + slack, y, exact=threat.tight)
     if len(weight) < 2:
         raise InputError(
             "the model has one output: say wrap(model, task='regression') or "
@@ -53,6 +55,7 @@ def linear(
     scores = flat(x) @ weight.T + bias
     label = scores.argmax(1) if y is None else y.detach().cpu().long()
     gap = scores.gather(1, label[:, None]) - scores
+    room = gap - 2 * slack[:, None]  # a margin is the difference of two outputs
     unwalled = _pairwise_norms(weight, threat)[label]
     eps = torch.as_tensor(threat.eps, dtype=torch.float64).expand(len(x))
     own = torch.nn.functional.one_hot(label, len(weight)).bool()
@@ -63,36 +66,22 @@ def linear(
 
     def distance(row: Tensor, rival: Tensor) -> Tensor:
         direction = (weight[rival] - weight[label[row]]).reshape(len(row), *x.shape[1:])
-        return _radius(threat.select(row), direction, gap[row, rival], x[row])
+        return _radius(threat.select(row), direction, room[row, rival], x[row])
 
     margin = _least(worst, (gap - eps[:, None] * unwalled).masked_fill(own, torch.inf), x)
-    bound = torch.where(gap > 0, gap / unwalled, 0).masked_fill(own, torch.inf)
-    radius = _least(distance, bound, x)
-    predicted = scores.argmax(1) == label
-    slack = 2 * _rounding(model, x, threat)  # a margin is the difference of two outputs
-    return Certificate(
-        method="linear",
-        exact=threat.tight,
-        radius=rows(torch.where(predicted, radius, 0)),
-        certified=rows(predicted & (margin > slack)),
-        margin=rows(margin),
-    )
+    bound = torch.where(room > 0, room / unwalled, 0).masked_fill(own, torch.inf)
+    radius, certified = _least(distance, bound, x), margin > 2 * slack
+    radius = radius.clamp_min(1.0) if threat.p == 0 else radius  # under one change is no change
+    right = scores.argmax(1) == label
+    return classified("linear", right, radius, certified, margin, exact=threat.tight)
 
 
-def _interval(
-    weight: Tensor, bias: Tensor, x: Tensor, threat: LpBall, y: Tensor | None, slack: Tensor
-) -> Certificate:
+def _ends(weight: Tensor, bias: Tensor, x: Tensor, threat: LpBall) -> tuple[Tensor, Tensor]:
+    """Return the least and the largest prediction over the threat, (n,) each."""
     prediction = flat(x) @ weight + bias
     direction = weight.reshape(1, *x.shape[1:]).expand_as(x)
-    upper = prediction + threat.support(direction, x) + slack
-    lower = prediction - threat.support(-direction, x) - slack
-    loss = None
-    if y is not None:
-        target = y.detach().cpu().double()
-        loss = rows(torch.maximum((upper - target).abs(), (lower - target).abs()) ** 2)
-    return Certificate(
-        "linear", exact=threat.tight, lower=rows(lower), upper=rows(upper), loss=loss
-    )
+    low, high = -threat.support(-direction, x), threat.support(direction, x)
+    return prediction + low, prediction + high
 
 
 def _pairwise_norms(weight: Tensor, threat: LpBall) -> Tensor:

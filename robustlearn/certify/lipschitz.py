@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from robustlearn._tensor import flat
-from robustlearn.certify.base import CERTIFICATES, Certificate, euclidean, rows
+from robustlearn.certify.base import CERTIFICATES, Certificate, classified, euclidean, interval
 from robustlearn.errors import InputError
 from robustlearn.models import Model, TorchModel
 from robustlearn.models.network import chain_of, is_affine
@@ -51,8 +51,8 @@ def lipschitz(
     For a `Sequential` of affine layers and activations L_j = ‖w_y − w_j‖₂ · Π L(layer), the last
     affine layer taken row by row; for a given constant L of the map x ↦ z, L_j = √2·L. Regressor:
     f(x) ± L·‖δ‖₂. Norms other than ℓ2 by ‖δ‖₂ ≤ c·‖δ‖; the box is not made use of. The product is
-    loose for deep networks. In float64, for the network in real arithmetic; ``certified`` and the
-    interval leave ten times the room that the model's own outputs at x differ from it.
+    loose for deep networks. In float64, for the network in real arithmetic; all but the margin
+    leave ten times the room that the model's own outputs at x differ from it.
 
     Parameters
     ----------
@@ -78,7 +78,7 @@ def lipschitz(
     if parts is not None:
         output, last, before = _measured(parts, wide, model)
         slack = 10 * (output.reshape(told.shape) - told).abs().reshape(len(x), -1).amax(1)
-        pairs = before * (1 + SLACK) * torch.cdist(last, last)
+        pairs = before * (1 + SLACK) * _distances(last)
         own = before * (1 + SLACK) * torch.linalg.matrix_norm(last, 2)
     else:
         classes = 1 if output.dim() == 1 else output.shape[1]
@@ -87,21 +87,22 @@ def lipschitz(
     scale = euclidean(threat, shape)
     reach = scale * torch.as_tensor(threat.eps, dtype=torch.float64).expand(len(x))
     if model.task == "regression":
-        return _interval(output.reshape(-1), own * reach + slack, y)
+        middle, width = output.reshape(-1), own * reach + slack
+        return interval("lipschitz", middle - width, middle + width, y)
     label = output.argmax(1) if y is None else y.detach().cpu().long()
     gap = output.gather(1, label[:, None]) - output
     slope = pairs[label]
     mine = nn.functional.one_hot(label, output.shape[1]).bool()
     margin = (gap - slope * reach[:, None]).masked_fill(mine, torch.inf).amin(1)
-    radius = (gap / (slope * scale)).nan_to_num(0.0, torch.inf).masked_fill(mine, torch.inf)
-    right = output.argmax(1) == label
-    return Certificate(
-        "lipschitz",
-        exact=False,
-        radius=rows(torch.where(right, radius.amin(1).clamp_min(0), 0)),
-        certified=rows(right & (margin > 2 * slack)),
-        margin=rows(margin),
-    )
+    room = gap - 2 * slack[:, None]  # a margin is the difference of two outputs
+    radius = (room / (slope * scale)).nan_to_num(0.0, torch.inf).masked_fill(mine, torch.inf)
+    right, certified = output.argmax(1) == label, margin > 2 * slack
+    return classified("lipschitz", right, radius.amin(1).clamp_min(0), certified, margin)
+
+
+def _distances(rows: Tensor) -> Tensor:
+    """‖w_i − w_j‖₂ of all pairs of rows, from the differences: products would cancel."""
+    return torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def constant_of(model: nn.Module, shape: Sequence[int]) -> float:
@@ -206,12 +207,3 @@ def _measured(parts: list[nn.Module], x: Tensor, model: Model) -> tuple[Tensor, 
         column = output.reshape(len(x), 1)
         return torch.cat([0 * column, column], 1), torch.cat([0 * last, last]), before
     return flat(output), last, before
-
-
-def _interval(output: Tensor, width: Tensor, y: Tensor | None) -> Certificate:
-    lower, upper = output - width, output + width
-    loss = None
-    if y is not None:
-        target = y.detach().cpu().double()
-        loss = rows(torch.maximum((upper - target).abs(), (lower - target).abs()) ** 2)
-    return Certificate("lipschitz", exact=False, lower=rows(lower), upper=rows(upper), loss=loss)

@@ -8,11 +8,10 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from robustlearn import _tensor
-from robustlearn.certify.base import CERTIFICATES, Certificate, euclidean
+from robustlearn.certify.base import CERTIFICATES, Certificate, classified, euclidean, interval
 from robustlearn.errors import InputError
 from robustlearn.models import Model
-from robustlearn.models.smoothed import Smoothed
+from robustlearn.models.smoothed import Smoothed, keys_of
 from robustlearn.threats import LpBall
 
 LOOKS = (50, 100, 200, 500, 1_000, 2_000, 5_000, 10_000)  # numbers of votes
@@ -20,7 +19,6 @@ LAST = 0.8  # share of the error that the last look may spend; the others share 
 ALPHA = 1e-3
 SELECTED = 100  # votes that choose the class where none is given
 HOPELESS = 1e-3  # probability that a look gives a sample up that later looks would certify
-ABSTAIN = -1
 
 
 def clopper_pearson(hits: np.ndarray, n: int, alpha: float) -> np.ndarray:
@@ -36,33 +34,6 @@ def clopper_pearson(hits: np.ndarray, n: int, alpha: float) -> np.ndarray:
     """
     hits = np.asarray(hits)
     return np.where(hits > 0, stats.beta.ppf(alpha, np.maximum(hits, 1), n - hits + 1), 0.0)
-
-
-def predict(
-    model: Smoothed, x: Tensor, n: int = 1_000, alpha: float = ALPHA, seed: int = 1
-) -> Tensor:
-    """argmax_k P(f(x + σξ) = k), or −1 where n votes do not tell.
-
-    A class that is returned is the wrong one with probability at most α: of the votes for the
-    two largest classes, a share as large as the first has is improbable in a tie (two-sided
-    binomial test).
-
-    Parameters
-    ----------
-    x : (n, *shape).
-
-    Notes
-    -----
-    Source: Cohen, Rosenfeld and Kolter (2019), PREDICT.
-    """
-    with model.session(), torch.no_grad():
-        outputs = model.noisy(x, _keys(x, seed), 0, n)
-    count = _votes(outputs)
-    top = count.topk(2, 1)
-    first, second = top.values.numpy().T
-    doubt = np.minimum(1, 2 * stats.binom.sf(first - 1, first + second, 0.5))
-    label = top.indices[:, 0]
-    return torch.where(torch.from_numpy(doubt <= alpha), label, ABSTAIN)
 
 
 def _applies(model: Model, threat: LpBall, x: Tensor) -> bool:
@@ -121,13 +92,12 @@ def smoothing(
             return _median(model, x, reach * scale / model.sigma, y, looks[-1], alpha, seed)
         chosen = y
         if chosen is None:
-            chosen = _votes(model.noisy(x, _keys(x, seed + 1), 0, SELECTED)).argmax(1)
+            chosen = model.counts(x, SELECTED, seed + 1).argmax(1)
         target = stats.norm.cdf(reach * scale / model.sigma)
         share = _shares(model, x, chosen.cpu(), target, looks, alpha, largest, seed)
     quantile = np.where(share > 0.5, stats.norm.ppf(share), 0.0)
     radius = model.sigma * quantile / scale if scale else np.where(share > 0.5, np.inf, 0.0)
-    certified = (share > 0.5) & (share >= target)
-    return Certificate("smoothing", exact=False, radius=radius, certified=certified, alpha=alpha)
+    return classified("smoothing", share > 0.5, radius, share >= target, alpha=alpha)
 
 
 def _shares(
@@ -142,7 +112,7 @@ def _shares(
 ) -> np.ndarray:
     """Return a lower bound (n,) on the share of votes for the label."""
     best, hits = np.zeros(len(x)), np.zeros(len(x), dtype=int)
-    rows, seen, keys = np.arange(len(x)), 0, _keys(x, seed)
+    rows, seen, keys = np.arange(len(x)), 0, keys_of(x, seed)
     for n, error in _errors(looks, alpha):
         some = torch.from_numpy(rows)
         outputs = model.noisy(x[some.to(x.device)], keys[some.to(x.device)], seen, n)
@@ -175,28 +145,19 @@ def _median(
     seed: int,
 ) -> Certificate:
     """Bound the median of a regressor by order statistics of n draws; α/2 on either side."""
-    low = stats.norm.cdf(-reach)
-    rank = stats.binom.ppf(alpha / 2, n, low).astype(int)  # P(fewer than `rank` below) ≤ α/2
     ends = []
-    for row, count in enumerate(rank):
-        drawn = model.noisy(x[row : row + 1], _keys(x[row : row + 1], seed), 0, n)[0]
+    for row, count in enumerate(_ranks(reach, n, alpha)):
+        drawn = model.noisy(x[row : row + 1], keys_of(x[row : row + 1], seed), 0, n)[0]
         ordered = drawn.double().sort().values.cpu().numpy()
         ends.append((ordered[count - 1], ordered[n - count]) if count else (-np.inf, np.inf))
     lower, upper = np.array(ends).T
-    loss = None
-    if y is not None:
-        target = y.detach().cpu().double().numpy()
-        loss = np.maximum(np.abs(lower - target), np.abs(upper - target)) ** 2
-    return Certificate("smoothing", exact=False, lower=lower, upper=upper, loss=loss, alpha=alpha)
+    return interval("smoothing", lower, upper, y, alpha=alpha)
 
 
-def _votes(outputs: Tensor) -> Tensor:
-    """Count the classes, (n, votes, K) -> (n, K)."""
-    return torch.nn.functional.one_hot(outputs.argmax(2), outputs.shape[2]).sum(1).cpu()
+def _ranks(reach: np.ndarray, n: int, alpha: float) -> np.ndarray:
+    """Return the largest k with P(fewer than k of n draws lie below Φ(−reach)) ≤ α/2; 0 for none.
 
-
-def _keys(x: Tensor, seed: int) -> Tensor:
-    """Return a key for each sample, made of its contents and the seed."""
-    bits = _tensor.flat(x.detach().double()).contiguous().view(torch.int64)
-    place = torch.arange(bits.shape[1], dtype=torch.int64, device=x.device)
-    return _tensor.fold(_tensor.fold(bits, place).sum(1), seed)
+    The k-th least draw is then below that quantile, and the k-th largest above Φ(reach), but
+    for α.
+    """
+    return stats.binom.ppf(alpha / 2, n, stats.norm.cdf(-reach)).astype(int)

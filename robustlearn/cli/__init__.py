@@ -1,5 +1,6 @@
 """The command line: one verb per use. Nothing heavy is imported before a verb needs it."""
 
+import functools
 import json
 import shlex
 import sys
@@ -157,26 +158,25 @@ def evaluate(
     columns = samples.feature_names
     threat = inputs.threat(norm, eps, lower, upper, features=features, columns=columns)
     state = None if out is None else inputs.state(out, resume)
-    with screen.progress(show=not (quiet or as_json)) as progress:
-        report = evaluate(
-            wrapped,
-            samples.x,
-            samples.y,
-            threat,
-            attacks=attacks,
-            certify=certify,
-            budget=budget,
-            nearest=nearest,
-            seed=seed,
-            batch_size=batch_size,
-            device=device,
-            progress=progress,
-            resume=state,
-            data=samples.name,
-            classes=samples.class_names,
-            feature_names=samples.feature_names,
-            indices=indices,
-        )
+    report = evaluate(
+        wrapped,
+        samples.x,
+        samples.y,
+        threat,
+        attacks=attacks,
+        certify=certify,
+        budget=budget,
+        nearest=nearest,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+        progress=not (quiet or as_json),
+        resume=state,
+        data=samples.name,
+        classes=samples.class_names,
+        feature_names=samples.feature_names,
+        indices=indices,
+    )
     if out is not None:
         save([report], out, command=_command())
     if as_json and first():
@@ -260,16 +260,28 @@ def train(
     ),
     ramp: Annotated[float, typer.Option(help="Share of the steps in which ε grows.")] = 0.5,
     memory: Annotated[
-        bool, typer.Option(help="Start at the perturbation of the epoch before.")
-    ] = True,
+        bool | None,
+        typer.Option(help="Start at the perturbation of the epoch before; if not said, if it can."),
+    ] = None,
+    memory_file: Annotated[
+        Path | None, typer.Option(help="Where to keep these on disk, for one process.")
+    ] = None,
     criterion: Annotated[
         str | None,
         typer.Option(help="cross_entropy, squared or huber; the first for whole labels."),
     ] = None,
     smoothing: Annotated[float, typer.Option(help="Label smoothing.")] = 0.0,
+    class_weights: Annotated[
+        str | None, typer.Option(help="Weights of the losses of classes, as 1,9; or balanced.")
+    ] = None,
+    extra: Annotated[str | None, typer.Option(help="More data, mixed into each batch.")] = None,
+    extra_share: Annotated[float, typer.Option(help="Its share of a batch.")] = 0.3,
     awp: Annotated[float, typer.Option(help="γ of adversarial weight perturbation.")] = 0.0,
     ema: Annotated[float | None, typer.Option(help="Decay of a running mean of weights.")] = None,
     precision: Annotated[str, typer.Option(help="float32, bf16 or fp16.")] = "float32",
+    crafting: Annotated[
+        str | None, typer.Option(help="That in which points are sought; if not said, the same.")
+    ] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
     channels_last: Annotated[
         bool, typer.Option("--channels-last", help="Channels innermost, for convolutions.")
@@ -282,7 +294,12 @@ def train(
     ] = False,
     accumulate: Annotated[int, typer.Option(min=1, help="Batches a gradient is the mean of.")] = 1,
     clip: Annotated[float | None, typer.Option(help="Largest norm of a gradient.")] = None,
-    validation: Annotated[float, typer.Option(help="Share held out to choose the epoch.")] = 0.1,
+    validation: Annotated[
+        str, typer.Option(help="Share held out, or data, to choose the epoch by; 0 for none.")
+    ] = "0.1",
+    test: Annotated[
+        str | None, typer.Option(help="Data for the report, which chooses nothing.")
+    ] = None,
     patience: Annotated[
         int | None, typer.Option(min=1, help="Epochs without progress before it stops.")
     ] = None,
@@ -301,49 +318,54 @@ def train(
     as_json: AsJson = False,
     allow_pickle: Pickle = False,
 ) -> None:
-    """Train a network for the worst case, and bound what came of it."""
+    """Train a network for the worst case, and bound what came of it.
+
+    It runs where Accelerate finds an accelerator; with ACCELERATE_USE_CPU=1 on the CPU.
+    """
     from robustlearn.cli import inputs, training
     from robustlearn.train import fit
 
     samples, _ = inputs.samples(data, target, limit, seed, part="train")
     network = training.network(inputs.model(model, task=None, allow_pickle=allow_pickle))
     columns = samples.feature_names
+    another = functools.partial(training.another, like=samples, target=target)
     threat = inputs.threat(norm, eps, lower, upper, features=features, columns=columns)
-    with training.watched(epochs, show=not (quiet or as_json)) as progress:
-        result = fit(
-            network,
-            (samples.x, samples.y),
-            threat,
-            objective=objective,
-            validation=validation,
-            epochs=epochs,
-            batch_size=batch_size,
-            optimizer=optimizer,
-            lr=lr,
-            weight_decay=weight_decay,
-            schedule=schedule,
-            ramp=ramp,
-            memory=memory,
-            criterion=training.criterion(criterion, smoothing),
-            awp=awp,
-            on_overfitting=on_overfitting,
-            seed=seed,
-            out=out,
-            attacks=None if attacks == "none" else attacks,
-            progress=progress,
-            ema=ema,
-            precision=precision,
-            compile=compile,
-            channels_last=channels_last,
-            pin_memory=pin_memory,
-            shard=shard,
-            accumulate=accumulate,
-            clip=clip,
-            patience=patience,
-            on_nonfinite=on_nonfinite,
-            trackers=tracker or (),
-            resume=resume,
-        )
+    result = fit(
+        network,
+        training.mixed(samples, another(extra, part="train"), extra_share),
+        threat,
+        objective=objective,
+        validation=training.share(validation) or another(validation),
+        test=another(test),
+        epochs=epochs,
+        batch_size=batch_size,
+        optimizer=optimizer,
+        lr=lr,
+        weight_decay=weight_decay,
+        schedule=schedule,
+        ramp=ramp,
+        memory=memory_file or memory,
+        criterion=training.criterion(criterion, smoothing, class_weights, samples.y),
+        awp=awp,
+        crafting=crafting,
+        on_overfitting=on_overfitting,
+        seed=seed,
+        out=out,
+        attacks=None if attacks == "none" else attacks,
+        progress=not (quiet or as_json),
+        ema=ema,
+        precision=precision,
+        compile=compile,
+        channels_last=channels_last,
+        pin_memory=pin_memory,
+        shard=shard,
+        accumulate=accumulate,
+        clip=clip,
+        patience=patience,
+        on_nonfinite=on_nonfinite,
+        trackers=tracker or (),
+        resume=resume,
+    )
     if not result.history.first:
         return
     if as_json:
@@ -441,14 +463,15 @@ def plant(
     allow_pickle: Pickle = False,
 ) -> None:
     """Plant adversarial examples, and count how many of them an attack finds."""
-    from robustlearn.cli import inputs, screen
+    from robustlearn._progress import stages
+    from robustlearn.cli import inputs
     from robustlearn.cli import unit_test as testing
 
     samples, _ = inputs.samples(data, target, limit, seed)
     wrapped = inputs.model(model, task=None, allow_pickle=allow_pickle)
     columns = samples.feature_names
     threat = inputs.threat(norm, eps, lower, upper, features=features, columns=columns)
-    with screen.progress(show=not (quiet or as_json)) as progress:
+    with stages(not (quiet or as_json)) as progress:
         result = testing.tested(
             wrapped,
             samples,
@@ -553,11 +576,12 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Train two classifiers of digits, attack and certify them, and write a report."""
+    from robustlearn._progress import stages
     from robustlearn.cli import screen
     from robustlearn.cli.demo import demonstrate
     from robustlearn.evaluate import document, save
 
-    with screen.progress(show=not (quiet or as_json)) as progress:
+    with stages(not (quiet or as_json)) as progress:
         reports = demonstrate(eps=eps, seed=seed, limit=limit, device=device, progress=progress)
     save(reports, out, command=_command())
     if as_json:

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from robustlearn import data
 from robustlearn.anomaly import Detector, HardNegativeDetector, MeanNeighborDetector
+from robustlearn.anomaly.base import check_finite
 from robustlearn.errors import InputError
 from robustlearn.report import lead
 
@@ -41,6 +42,8 @@ def detected(
             f"{score} has the columns {_told(other_names, new)}, and {normal} has "
             f"{_told(names, known)}: give the same columns in the same order"
         )
+    for path, rows in ((normal, known), (score, new)):
+        check_finite(rows, Path(path).name, names)
     detector = DETECTORS[method](false_alarm=false_alarm, random_state=seed)
     detector.fit(known)
     scores, p_values = detector.anomaly_score(new), detector.p_values(new)

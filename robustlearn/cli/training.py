@@ -1,22 +1,21 @@
-"""What `robustlearn train` does beside `robustlearn.fit`: the network, and a bar to watch."""
+"""What `robustlearn train` does beside `robustlearn.fit`: its network, data and loss."""
 
-import contextlib
-import sys
-from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from rich.console import Console
 from rich.text import Text
 from torch import nn
 
-from robustlearn.cli.screen import bars
+from robustlearn.data import Dataset, load
 from robustlearn.errors import InputError
-from robustlearn.loop import Moment
+from robustlearn.loop import Samples
 from robustlearn.models import Model, TorchModel
 from robustlearn.train import Criterion, TrainingResult
 
-RECENT = 50  # steps between two looks at the metrics, which wait for the device
+Pair = tuple[np.ndarray, np.ndarray]
 
 
 def network(model: Model) -> nn.Module:
@@ -29,53 +28,61 @@ def network(model: Model) -> nn.Module:
     return model.source
 
 
-def criterion(kind: str | None, smoothing: float) -> Criterion | None:
-    """Return the loss of --criterion and --smoothing; None for what the labels suggest."""
-    if kind is None and smoothing == 0:
+def another(
+    source: str | None, *, like: Dataset, target: str | None, part: str = "test"
+) -> Pair | None:
+    """Load x and y of --validation, --test or --extra, of the same features as the data."""
+    if source is None or share(source) is not None:
         return None
-    return Criterion(kind or "cross_entropy", smoothing)
+    found = load(source, target=target, part=part)
+    if found.feature_names != like.feature_names:
+        raise InputError(
+            f"{source} has the columns {found.feature_names}; expected those of the data, "
+            f"{like.feature_names}, in their order"
+        )
+    return found.x, found.y
 
 
-@contextlib.contextmanager
-def watched(epochs: int, *, show: bool) -> Iterator[Callable[[Moment], None] | None]:
-    """Yield what is told of each step: a bar with the time left, or a line an epoch."""
-    if not show:
-        yield None
-    elif sys.stderr.isatty():
-        with bars() as shown:
-            yield _Bar(shown, epochs)
+def share(text: str) -> float | None:
+    """Return a share of the data; None for what is no number, and names data."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def mixed(data: Dataset, extra: Pair | None, ratio: float) -> Any:
+    """Return what is trained on: the data, and --extra in each batch."""
+    pair = (data.x, data.y)
+    return pair if extra is None else Samples(pair, extra=extra, ratio=ratio)
+
+
+def criterion(
+    kind: str | None, smoothing: float, weights: str | None, y: np.ndarray
+) -> Criterion | None:
+    """Return the loss of --criterion, --smoothing and --class-weights.
+
+    None for what the labels suggest. Balanced weights are n / (K nₖ) of the nₖ samples of a class.
+    """
+    if kind is None and smoothing == 0 and weights is None:
+        return None
+    if weights is None:
+        return Criterion(kind or "cross_entropy", smoothing)
+    if weights == "balanced":
+        counts = np.bincount(np.asarray(y, dtype=np.int64))
+        chosen = len(y) / (len(counts) * np.maximum(counts, 1))
     else:
-        yield _line
+        chosen = np.array([_weight(part) for part in weights.split(",")])
+    return Criterion(kind or "cross_entropy", smoothing, weights=torch.from_numpy(chosen))
 
 
-class _Bar:
-    """One bar over all steps."""
-
-    def __init__(self, shown: Any, epochs: int) -> None:
-        self.shown, self.epochs = shown, epochs
-        self.task = shown.add_task("training", total=None)
-        self.held_out = ""
-
-    def __call__(self, moment: Moment) -> None:
-        done = moment.epoch * moment.steps + moment.step
-        text: dict[str, Any] = {}
-        if moment.validation:
-            self.held_out = f"; held out {_told(moment.validation)}"
-        if moment.step % RECENT == 0 or moment.validation is not None:
-            said = _told(moment.means()) + self.held_out
-            text["description"] = f"epoch {moment.epoch + 1}/{self.epochs}: {said}"
-        self.shown.update(self.task, completed=done, total=self.epochs * moment.steps, **text)
-
-
-def _line(moment: Moment) -> None:
-    if moment.validation is not None:
-        held_out = f"; held out {_told(moment.validation)}" if moment.validation else ""
-        sys.stderr.write(f"epoch {moment.epoch + 1}: {_told(moment.means())}{held_out}\n")
-        sys.stderr.flush()
-
-
-def _told(figures: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:.3g}" for name, value in figures.items())
+def _weight(text: str) -> float:
+    found = share(text)
+    if found is None:
+        raise InputError(
+            f"--class-weights is one number a class, as 1,9, or balanced; got {text!r}"
+        )
+    return found
 
 
 def show(result: TrainingResult, out: Path) -> None:

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from robustlearn import losses
+from robustlearn._progress import WHOLE, stages
 from robustlearn.attacks import ATTACKS, unsuitable
 from robustlearn.certify import Certificate
 from robustlearn.certify import certify as prove
 from robustlearn.errors import InputError
 from robustlearn.evaluate import draws, fingerprint, inputs
-from robustlearn.evaluate.harness import WHOLE, Harness, Progress, Tally, attacked
+from robustlearn.evaluate.detectors import told_apart
+from robustlearn.evaluate.harness import Harness, Progress, Tally, attacked
 from robustlearn.evaluate.judgement import Judgement
 from robustlearn.evaluate.knowledge import Knowledge
 from robustlearn.evaluate.plans import HALVINGS, PRESETS, SHARES, Budget, Step, plan, widened
@@ -25,6 +27,7 @@ from robustlearn.evaluate.sharing import Shares
 from robustlearn.evaluate.state import State
 from robustlearn.models import labels as labels_of
 from robustlearn.models import wrap
+from robustlearn.models.estimators import detects
 from robustlearn.threats import LpBall
 
 FEW = 8  # samples that are all near the boundary
@@ -44,7 +47,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 256,
     device: Any = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     resume: str | Path | None = None,
     data: str = "data",
     classes: Sequence[str] | None = None,
@@ -84,8 +87,8 @@ def evaluate(
     batch_size : samples sent together; halved when the memory does not suffice.
     device : ``"auto"`` for an accelerator if there is one, a torch device, or None for where
         the model is. A torch module is moved back afterwards.
-    progress : called as ``progress(stage, done, total)``; the stage ``"evaluation"`` is all of
-        it, in passes through the model as they are expected.
+    progress : True for bars, or what is called as ``progress(stage, done, total)``; the stage
+        ``"evaluation"`` is all of it, in passes through the model as they are expected.
     resume : folder in which finished batches and all adversarial points are kept; an evaluation
         that was interrupted goes on from there.
     data, classes, feature_names : what to call things in the report.
@@ -121,10 +124,9 @@ def evaluate(
     limits, seed = Budget.of(budget), inputs.seed(seed)
     numbers = inputs.numbers(indices, len(points))
     shares = Shares()
-    with model.on(device):
+    with model.on(device), stages(progress if shares.rank == 0 else None) as told:
         points = threat.cast(points, model.dtype)
         labels = labels_of(model, points, y)
-        told = progress if progress is not None and shares.rank == 0 else _silent
         size = max(1, batch_size)
         harness = Harness(model, points, labels, threat, numbers, size, seed, told, shares)
         return _Evaluation(
@@ -193,8 +195,11 @@ class _Evaluation:
         certificate = self.known.check(certificate)
         told = self.harness.shares.told
         verdict = told(self.judgement.verdict(self.broke, certificate))
-        notes = [*self.model.notes, *self.judgement.notes, *self.notes]
         predictions = self.known.predictions()
+        samples = self.known.samples(certificate, predictions)
+        notes = [*self.model.notes, *self.judgement.notes, *self.notes]
+        if detects(self.model.source):
+            notes += told_apart(samples, certified=certificate is not None)
         found, proven = self.known.totals(certificate)
         if proven is not None and self.model.task == "classification":
             about["open"] = found.value - proven.value
@@ -211,7 +216,7 @@ class _Evaluation:
             attacked=found,
             certified=proven,
             certificate=about,
-            samples=self.known.samples(certificate, predictions),
+            samples=samples,
             attacks=tuple(runs),
             verdict=verdict,
             notes=tuple(dict.fromkeys(told(notes))),
@@ -264,6 +269,7 @@ class _Evaluation:
             return None, about | {"reason": f"no certificate applies: {error}"}
         finally:
             self.harness.progress("certificate", len(self.x), len(self.x))
+        certificate = self.harness.shares.told(certificate)  # by the clock each may have another
         return certificate, about | {"method": certificate.method, "exact": certificate.exact}
 
     def _witnessed(self, certificate: Certificate) -> list[AttackRun]:
@@ -411,7 +417,3 @@ class _Evaluation:
         if not self.climbed:
             return True
         return self.harness.shares.told(self.judgement.masked(self.broke))
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    pass

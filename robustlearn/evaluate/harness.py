@@ -19,7 +19,6 @@ from robustlearn.models import Model
 from robustlearn.threats import LpBall
 
 Progress = Callable[[str, int, int], None]
-WHOLE = "evaluation"  # the stage that stands for all
 
 
 @dataclass

@@ -16,6 +16,7 @@ from robustlearn.evaluate.harness import Harness, Tally
 from robustlearn.evaluate.results import Estimate, Sample
 
 SHRINKS = 8  # halvings of the segment from a sample to its adversarial example
+NEARER = 1e-9  # relative: what the rounding of two distances does not explain
 
 
 class Knowledge:
@@ -112,7 +113,7 @@ class Knowledge:
             low, high = torch.where(broken, low, middle), torch.where(broken, middle, high)
 
     def check(self, certificate: Certificate | None) -> Certificate | None:
-        """Raise a ContradictionError where a certified sample is broken.
+        """Raise a ContradictionError where a certified sample, or a radius, is broken.
 
         A certificate that holds with some probability is withdrawn there instead.
         """
@@ -120,19 +121,31 @@ class Knowledge:
             return None
         if certificate.alpha > 0:
             return self._upheld(certificate)
-        if certificate.certified is not None:
-            both = certificate.certified & (self.right & ~self.standing).numpy()
-        elif certificate.loss is not None:
-            both = self.worst.double().numpy() > certificate.loss
-        else:
-            return certificate
-        if both.any():
-            first = np.flatnonzero(both)[:5].tolist()
+        refuted = self._refuted(certificate)
+        if refuted.any():
+            first = np.flatnonzero(refuted)[:5].tolist()
             raise ContradictionError(
-                f"{int(both.sum())} samples are certified by {certificate.method} and broken by "
-                f"an attack (first: {first}); please report this"
+                f"{int(refuted.sum())} samples are certified by {certificate.method} and broken by "
+                f"an attack, as they are or within their radius (first: {first}); please report "
+                "this"
             )
         return certificate
+
+    def _refuted(self, certificate: Certificate) -> np.ndarray:
+        """Tell of which samples an attack has done what is certified to be impossible, (n,)."""
+        refuted = np.zeros(len(self.x), dtype=bool)
+        broken = (self.right & ~self.standing).numpy()
+        if certificate.certified is not None:
+            refuted |= broken & certificate.certified
+        if certificate.radius is not None:
+            refuted |= broken & (self._distance().numpy() < certificate.radius * (1 - NEARER))
+        if certificate.loss is not None:
+            refuted |= self.worst.double().numpy() > certificate.loss
+        return refuted
+
+    def _distance(self) -> Tensor:
+        """Return how far the point that counts is from each sample, in the norm of the threat."""
+        return self.threat.norm(self.x_adv.double() - self.x.double())
 
     def _upheld(self, certificate: Certificate) -> Certificate:
         """Return a certificate without what it says of samples that are lost."""
@@ -174,7 +187,7 @@ class Knowledge:
     ) -> tuple[Sample, ...]:
         """Return one row a sample."""
         classification = self.model.task == "classification"
-        distance = self.threat.norm(self.x_adv.double() - self.x.double())
+        distance = self._distance()
         labels = self.named(self.y.numpy()) if classification else self.y.numpy()
         rows = []
         for i in range(len(self.x)):

@@ -18,6 +18,7 @@ WEAK = 0.01  # |∂ℓ/∂D| under which a generator hardly moves; it is ½ at t
 BLIND = 0.5  # recall of less than so much of the precision speaks of collapse
 FAR = 2.0  # times the distance of the untrained generator
 LARGE = 1e4  # a score beyond any use
+NEIGHBOURS = 3  # that precision and recall look at
 
 REMEDIES = {
     "vanishing": (
@@ -44,8 +45,9 @@ class Watch:
     bandwidth, the median of the reference; ``precision``, ``recall``; ``modes``, ``high_quality``,
     ``reverse_kl`` where the modes are known; of a critic with scores ``accuracy``, the share of
     pairs it ranks rightly (½ at the equilibrium), ``scores``, the largest, and ``pull``, the mean
-    of |∂ℓ_G/∂D(G(z))|. Generator and critic are the averaged ones where there is an average. The
-    noise is the same after each epoch.
+    of |∂ℓ_G/∂D(G(z))|. What takes more samples than there are is NaN: 2 for ``mmd``, 4 for
+    ``precision`` and ``recall``. Generator and critic are the averaged ones where there is an
+    average. The noise is the same after each epoch.
 
     Parameters
     ----------
@@ -59,7 +61,7 @@ class Watch:
     ) -> None:
         self.game, self.real, self.y = game, real, y
         self.epochs, self.known = epochs, known
-        self.sigma = median_bandwidth(_tensor.flat(real), _tensor.flat(real)[:0])
+        self.sigma = _bandwidth(_tensor.flat(real))
         self.keys = _tensor.keys(0, real)
         self.keys = _tensor.fold(self.keys, torch.arange(len(real)))
         self.warned: set[str] = set()
@@ -119,11 +121,13 @@ class Watch:
             names = ("closeness", "sliced_wasserstein", "mmd", "precision", "recall")
             return dict.fromkeys(names, math.nan)
         sliced = metrics.sliced_wasserstein(_tensor.flat(real), _tensor.flat(fake))
-        precision, recall = metrics.precision_recall(real, fake)
+        precision = recall = math.nan
+        if len(real) > NEIGHBOURS:
+            precision, recall = metrics.precision_recall(real, fake, neighbours=NEIGHBOURS)
         return {
             "closeness": -sliced,
             "sliced_wasserstein": sliced,
-            "mmd": metrics.mmd(real, fake, sigma=self.sigma),
+            "mmd": metrics.mmd(real, fake, sigma=self.sigma) if len(real) > 1 else math.nan,
             "precision": precision,
             "recall": recall,
         }
@@ -147,3 +151,10 @@ class Watch:
             "scores": float(torch.cat([ours, theirs]).abs().max()),
             "pull": float(slope.abs().mean()),
         }
+
+
+def _bandwidth(real: Tensor) -> float:
+    """Return the median distance of the samples; of equal ones, from which any width tells, 1."""
+    if bool((real == real[:1]).all()):
+        return 1.0
+    return median_bandwidth(real, real[:0])

@@ -119,15 +119,16 @@ class GanGame:
     def step(self, batch: Any, turn: Any) -> Metrics:
         """Play a mini-batch; return the metrics of each sample (n,)."""
         self.epoch = turn.epoch
-        if self.order == "extragradient":
-            self._gradients(batch, turn)
-            with looking_ahead(self.optimizers.values()):
-                metrics = self._gradients(batch, turn)
-        elif self.order == "simultaneous":
-            metrics = self._gradients(batch, turn)
-        else:
+        if self.order == "alternating":
             return self._alternate(batch, turn)
-        turn.update("critic")
+        metrics, read = self._gradients(batch, turn)
+        if self.order == "extragradient":
+            if not all([turn.limited(name) for name in self.optimizers]):
+                self._drop()  # there is no step to look ahead by: the batch is left out
+                return metrics
+            with looking_ahead(self.optimizers.values()):
+                metrics, read = self._gradients(batch, turn)
+        self._follow_critic(turn, read)
         turn.update("generator")
         return metrics
 
@@ -153,18 +154,28 @@ class GanGame:
         return self.loss.critic_on == "errors"
 
     def _alternate(self, batch: Any, turn: Any) -> Metrics:
-        metrics = self._critic_gradient(batch, turn)
-        turn.update("critic")
+        metrics, read = self._critic_gradient(batch, turn)
+        self._follow_critic(turn, read)
         if turn.number % self.critic_steps == self.critic_steps - 1:
             metrics |= self._generator_gradient(batch, turn)
             turn.update("generator")
         return metrics
 
-    def _gradients(self, batch: Any, turn: Any) -> Metrics:
-        return {**self._critic_gradient(batch, turn), **self._generator_gradient(batch, turn)}
+    def _gradients(self, batch: Any, turn: Any) -> tuple[Metrics, list[Tensor]]:
+        metrics, read = self._critic_gradient(batch, turn)
+        return metrics | self._generator_gradient(batch, turn), read
 
-    def _critic_gradient(self, batch: Any, turn: Any) -> Metrics:
-        """Leave the gradient of the critic's loss in its weights."""
+    def _follow_critic(self, turn: Any, read: Sequence[Tensor]) -> None:
+        """Move the critic; a loss that adapts itself does so once with every move."""
+        if turn.update("critic") and self.loss.at is not None:
+            self.loss = self.loss.following(*(turn.gather(part) for part in read))
+
+    def _drop(self) -> None:
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad()
+
+    def _critic_gradient(self, batch: Any, turn: Any) -> tuple[Metrics, list[Tensor]]:
+        """Leave the gradient of the critic's loss in its weights; return also what it read."""
         with torch.no_grad(), turn.autocast():
             keys = _tensor.fold(turn.keys, CRITIC_NOISE)
             fake = self.generate(turn.unwrapped("generator"), keys, batch.y)
@@ -182,9 +193,7 @@ class GanGame:
             losses = losses + self._classify(output, batch.y)
         turn.backward(losses)
         metrics["critic_gradient"] = self._norm("critic", losses)
-        if self.loss.at is not None:
-            self.loss = self.loss.following(turn.gather(ours), turn.gather(theirs))
-        return metrics
+        return metrics, [ours, theirs]
 
     def _generator_gradient(self, batch: Any, turn: Any) -> Metrics:
         """Leave the gradient of the generator's loss in its weights."""

@@ -5,7 +5,6 @@ sp(t) = log(1 + eᵗ) and s(t) = 1/(1 + e⁻ᵗ), so that −log s(t) = sp(−t)
 options that returns the `Pair`; filed in `LOSSES` it is in the game, the benchmark and the tests.
 """
 
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,12 +12,12 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from robustlearn import registry
 from robustlearn.errors import InputError
 from robustlearn.gan.kernels import rbf
-from robustlearn.registry import Registry, parsed
+from robustlearn.registry import FINITE, NOT_NEGATIVE, POSITIVE, SHARE, UNIT, Registry
 
 LOSSES = Registry("adversarial loss")
-TERMS = Registry("adversarial term")
 Function = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -65,7 +64,7 @@ def get(chosen: str | Pair) -> Pair:
 
     Raises
     ------
-    InputError for a loss or an option that there is not.
+    InputError for a loss or an option that there is not, and a value out of its range.
 
     Examples
     --------
@@ -78,11 +77,7 @@ def get(chosen: str | Pair) -> Pair:
     """
     if isinstance(chosen, Pair):
         return chosen
-    name, options = parsed(chosen)
-    function = LOSSES[name].function
-    known = inspect.signature(function).parameters
-    if strangers := sorted(set(options) - set(known)):
-        raise InputError(f"{name} has no option {', '.join(strangers)}; it has: {', '.join(known)}")
+    function, options = registry.chosen(LOSSES, chosen)
     return function(**options)
 
 
@@ -120,7 +115,7 @@ def non_saturating() -> Pair:
     return Pair(_cross_entropy, lambda real, fake: softplus(-fake))
 
 
-@LOSSES.register("smoothed")
+@LOSSES.register("smoothed", ranges={"real": UNIT, "fake": UNIT})
 def smoothed(real: float = 0.9, fake: float = 0.0) -> Pair:
     """Critic BCE(r, a) + BCE(q, b), generator sp(−q); BCE(t, a) = a·sp(−t) + (1 − a)·sp(t).
 
@@ -184,7 +179,7 @@ def hinge() -> Pair:
     return Pair(lambda real, fake: (1 - real).relu() + (1 + fake).relu(), lambda real, fake: -fake)
 
 
-@LOSSES.register("least_squares")
+@LOSSES.register("least_squares", ranges={"a": FINITE, "b": FINITE, "c": FINITE})
 def least_squares(a: float = -1.0, b: float = 1.0, c: float = 0.0) -> Pair:
     """Critic ½(r − b)² + ½(q − a)², generator ½(q − c)².
 
@@ -213,8 +208,8 @@ def wasserstein() -> Pair:
 def f_gan(activation: Callable[[Tensor], Tensor], conjugate: Callable[[Tensor], Tensor]) -> Pair:
     """Critic −T(r) + f*(T(q)), generator −f*(T(q)): the variational bound of D_f(p ‖ q).
 
-    E_p T − E_q f*(T) ≤ D_f(p ‖ q) = E_q f(p/q), with equality at T* = f′(p/q). Source: Nowozin
-    et al. (2016), whose output activations these are.
+    E_p T − E_q f*(T) ≤ D_f(p ‖ q) = E_q f(p/q), with equality at T* = f′(p/q), which is v = 0 where
+    p = q. Source: Nowozin et al. (2016), whose output activations these are but for ``kl``.
 
     Parameters
     ----------
@@ -229,8 +224,12 @@ def f_gan(activation: Callable[[Tensor], Tensor], conjugate: Callable[[Tensor], 
 
 @LOSSES.register("kl")
 def kl() -> Pair:
-    """The bound of KL(p ‖ q), f(u) = u·log u: T(v) = v, f*(T) = e^(T − 1); T* = 1 + log(p/q)."""
-    return f_gan(lambda v: v, lambda v: (v - 1).exp())
+    """The bound of KL(p ‖ q), f(u) = u·log u: T(v) = 1 + v, f*(T) = e^(T − 1) = eᵛ.
+
+    v* = log(p/q). Nowozin et al. have T(v) = v: there a critic that starts at 0 is first raised at
+    real and generated samples alike, until the two sides balance at 1.
+    """
+    return f_gan(lambda v: 1 + v, lambda v: v.exp())
 
 
 @LOSSES.register("reverse_kl")
@@ -264,7 +263,7 @@ def js() -> Pair:
 # ---------------------------------------------------------------- errors and features
 
 
-@LOSSES.register("began")
+@LOSSES.register("began", ranges={"gamma": SHARE, "rate": NOT_NEGATIVE, "k": UNIT})
 def began(gamma: float = 0.5, rate: float = 1e-3, k: float = 0.0) -> Pair:
     """Critic L(x) − k·L(G(z)), generator L(G(z)); k ← k + λ(γ·L(x) − L(G(z))), kept in [0, 1].
 
@@ -275,12 +274,12 @@ def began(gamma: float = 0.5, rate: float = 1e-3, k: float = 0.0) -> Pair:
     ----------
     gamma : γ, the ratio of the errors at rest: more for more variety.
     rate : λ.
-    k : where it starts.
+    k : where it starts; errors that are not finite leave it where it is.
     """
 
     def next_state(real: Tensor, fake: Tensor) -> float:
         step = rate * float(gamma * real.mean() - fake.mean())
-        return min(max(k + step, 0.0), 1.0)
+        return min(max(k + step, 0.0), 1.0) if math.isfinite(step) else k
 
     return Pair(
         lambda real, fake: real - k * fake,
@@ -293,7 +292,7 @@ def began(gamma: float = 0.5, rate: float = 1e-3, k: float = 0.0) -> Pair:
     )
 
 
-@LOSSES.register("mmd")
+@LOSSES.register("mmd", ranges={"sigma": POSITIVE})
 def mmd(sigma: float = 1.0) -> Pair:
     """Critic −MMD²(φ(x), φ(G(z))), generator MMD², without bias: MMD² = (1/n) Σᵢ hᵢ.
 
@@ -327,42 +326,20 @@ def feature_matching(critic: str = "non_saturating") -> Pair:
 
     0 on equal batches. The value belongs to the batch, and each sample is given it. Source:
     Salimans et al. (2016).
+
+    Raises
+    ------
+    InputError for a critic's loss that adapts itself to both players' errors, as ``began`` does.
     """
 
     def generator(real: Tensor, fake: Tensor) -> Tensor:
         return (real.mean(0) - fake.mean(0)).square().sum().expand(len(fake))
 
     other = get(critic)
+    if other.at is not None:
+        raise InputError(
+            f"{critic} adapts itself to a game of its own: choose another critic's loss"
+        )
     return Pair(
         other.critic_loss, generator, other.critic_on, generator_on="features", uses_real=True
     )
-
-
-# ---------------------------------------------------------------- terms beside a task's own loss
-
-
-@TERMS.register("adversarial_cross_entropy")
-def adversarial_cross_entropy(fake: Tensor, *, weight: float = 1.0) -> Tensor:
-    """w·(−log s(D(G(x)))) = w·sp(−q), (n,) -> (n,): to be added to the loss of a task.
-
-    Examples
-    --------
-    >>> import torch
-    >>> scores, error = torch.zeros(3), torch.ones(3)
-    >>> error + adversarial_cross_entropy(scores, weight=0.1)
-    tensor([1.0693, 1.0693, 1.0693])
-    """
-    return weight * softplus(-fake)
-
-
-@TERMS.register("adversarial_hinge")
-def adversarial_hinge(fake: Tensor, *, weight: float = 1.0, margin: float = 1.0) -> Tensor:
-    """w·max(0, m − D(G(x))), (n,) -> (n,): nothing where the critic is deceived by the margin.
-
-    Examples
-    --------
-    >>> import torch
-    >>> adversarial_hinge(torch.tensor([-1.0, 0.5, 3.0]))
-    tensor([2.0000, 0.5000, 0.0000])
-    """
-    return weight * (margin - fake).relu()

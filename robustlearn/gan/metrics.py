@@ -207,13 +207,17 @@ def correlation_dimension(
     window : pairs up to so many steps apart are left out: they are close because of the time.
     levels : of C.
 
+    Raises
+    ------
+    InputError for too few points, and for so many copies that C is above the lowest level at r = 0.
+
     Examples
     --------
     >>> line = torch.rand(1500, 1, generator=torch.Generator().manual_seed(0))
     >>> round(correlation_dimension(line * torch.ones(3)), 1)
     1.0
     """
-    x = _tensor.flat(x)
+    x = _floats(_tensor.flat(x))
     distances = torch.cat([_beyond(x, row, window) for row in range(0, len(x), CHUNK)])
     low, high = (math.log10(level) for level in levels)
     wanted = torch.logspace(low, high, 20, dtype=torch.float64)
@@ -224,7 +228,14 @@ def correlation_dimension(
             "points, or higher levels"
         )
     kept = distances.kthvalue(int(ranks[-1]) + 1).values
-    radii = distances[distances <= kept].sort().values[ranks.to(x.device)].double().log()
+    radii = distances[distances <= kept].sort().values[ranks.to(x.device)].double()
+    if not bool(radii[0] > 0):
+        share = float((distances == 0).double().mean())
+        raise InputError(
+            f"{share:.1%} of the pairs of points coincide, and the lowest level is {levels[0]:g}: "
+            "leave copies out, or give levels above that share"
+        )
+    radii = radii.log()
     rise = (ranks.to(radii) / len(distances)).log()
     radii, rise = radii - radii.mean(), rise - rise.mean()
     return float((radii * rise).sum() / radii.square().sum())
@@ -247,6 +258,10 @@ def _inside(centres: Tensor, points: Tensor, neighbours: int) -> float:
     return float((_distances(points, centres) <= radii).any(1).double().mean())
 
 
+def _floats(x: Tensor) -> Tensor:
+    return x if x.is_floating_point() else x.to(torch.get_default_dtype())
+
+
 def _points(real: Tensor, fake: Tensor, *, least: int = 2) -> tuple[Tensor, Tensor]:
     """Return both as (n, d) without gradient.
 
@@ -254,7 +269,7 @@ def _points(real: Tensor, fake: Tensor, *, least: int = 2) -> tuple[Tensor, Tens
     ------
     InputError for samples of different dimension, or too few.
     """
-    real, fake = _tensor.flat(real.detach()), _tensor.flat(fake.detach())
+    real, fake = (_floats(_tensor.flat(part.detach())) for part in (real, fake))
     if real.shape[1] != fake.shape[1] or min(len(real), len(fake)) < least:
         raise InputError(
             f"at least {least} samples each, of one dimension, were expected; got "

@@ -5,16 +5,15 @@ critic's loss; norms are those of each sample's own gradient, never of a batch. 
 (n, *shape) to scores (n,).
 """
 
-import inspect
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from robustlearn import _tensor
+from robustlearn import _tensor, registry
 from robustlearn.errors import InputError
-from robustlearn.registry import Registry, parsed
+from robustlearn.registry import NOT_NEGATIVE, Registry
 
 PENALTIES = Registry("penalty")
 Critic = Callable[[Tensor], Tensor]
@@ -37,7 +36,7 @@ def gradient_norms(critic: Critic, x: Tensor) -> Tensor:
     return torch.where(squares > 0, squares, 1.0).sqrt() * (squares > 0)
 
 
-@PENALTIES.register("r1")
+@PENALTIES.register("r1", ranges={"weight": NOT_NEGATIVE})
 def r1(critic: Critic, real: Tensor, fake: Tensor, keys: Tensor, *, weight: float = 1.0) -> Tensor:
     """(γ/2)·‖∇D(x)‖² at real samples. Source: Mescheder et al. (2018).
 
@@ -52,13 +51,13 @@ def r1(critic: Critic, real: Tensor, fake: Tensor, keys: Tensor, *, weight: floa
     return weight / 2 * _squares(critic, real)
 
 
-@PENALTIES.register("r2")
+@PENALTIES.register("r2", ranges={"weight": NOT_NEGATIVE})
 def r2(critic: Critic, real: Tensor, fake: Tensor, keys: Tensor, *, weight: float = 1.0) -> Tensor:
     """(γ/2)·‖∇D(x̃)‖² at generated samples. Source: Mescheder et al. (2018)."""
     return weight / 2 * _squares(critic, fake)
 
 
-@PENALTIES.register("gradient_penalty")
+@PENALTIES.register("gradient_penalty", ranges={"weight": NOT_NEGATIVE, "centre": NOT_NEGATIVE})
 def gradient_penalty(
     critic: Critic,
     real: Tensor,
@@ -80,7 +79,7 @@ def gradient_penalty(
     return weight * (gradient_norms(critic, between) - centre).square()
 
 
-@PENALTIES.register("dragan")
+@PENALTIES.register("dragan", ranges={"weight": NOT_NEGATIVE, "spread": NOT_NEGATIVE})
 def dragan(
     critic: Critic,
     real: Tensor,
@@ -115,7 +114,7 @@ def penalties(chosen: str) -> list[Penalty]:
 
     Raises
     ------
-    InputError for a penalty or an option that there is not.
+    InputError for a penalty or an option that there is not, and a value out of its range.
 
     Examples
     --------
@@ -126,15 +125,7 @@ def penalties(chosen: str) -> list[Penalty]:
 
 
 def _penalty(text: str) -> Penalty:
-    name, options = parsed(text)
-    function = PENALTIES[name].function
-    known = [
-        key
-        for key, parameter in inspect.signature(function).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY
-    ]
-    if strangers := sorted(set(options) - set(known)):
-        raise InputError(f"{name} has no option {', '.join(strangers)}; it has: {', '.join(known)}")
+    function, options = registry.chosen(PENALTIES, text)
     return lambda critic, real, fake, keys: function(critic, real, fake, keys, **options)
 
 

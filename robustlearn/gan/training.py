@@ -1,5 +1,6 @@
 """From data to a generator of more of it: game, loop, and the figures on the way."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from robustlearn.gan.losses import Pair
 from robustlearn.gan.mixtures import Mixture
 from robustlearn.gan.updates import optimistic
 from robustlearn.loop import History, Moment, Samples, play
+from robustlearn.registry import Range, check_options
 
 KEPT = {"last": "epoch", "best": "closeness"}
 OPTIMIZERS = ("adam", "sgd", "optimistic_adam", "optimistic_sgd")
@@ -119,7 +121,7 @@ def fit_gan(
         ``(parameters, lr) -> Optimizer``.
     lr, critic_lr : of the generator and the critic, the same by default.
     known : the mixture that the data is of, where that is known: modes are counted then.
-    compare : how many samples the figures of an epoch are taken from.
+    compare : how many samples the figures of an epoch are taken from, at least 4.
     keep : the weights of the ``"last"`` epoch, or of the ``"best"``: least sliced Wasserstein
         distance to samples of the data.
     seed, out, **options : as for `robustlearn.loop.play` (resume, ema, schedule, clip, compile,
@@ -144,6 +146,9 @@ def fit_gan(
     True
     """
     _check(optimizer, keep, critic_steps, order, options)
+    check_options(
+        "fit_gan", {"compare": compare}, {"compare": Range(4, math.inf, "[)", whole=True)}
+    )
     weight = next(generator.parameters())
     samples = _samples(data, weight.dtype)
     game = GanGame(

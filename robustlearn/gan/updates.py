@@ -54,8 +54,9 @@ def optimistic(kind: type[Optimizer]) -> Callable[..., Optimizer]:
 def looking_ahead(optimizers: Iterable[Optimizer]) -> Iterator[None]:
     """Within, the weights are where the optimisers' next steps would lead; after, where they were.
 
-    What is left of it are the gradients taken at the point ahead: a step along them is the
-    extragradient method (Korpelevich 1976; Gidel et al. 2019). Gradients taken before are cleared.
+    The gradients of the next steps are there before, clipped if steps are; they are cleared. What
+    is left of it are the gradients taken at the point ahead: a step along them is the extragradient
+    method (Korpelevich 1976; Gidel et al. 2019).
     """
     optimizers = list(optimizers)
     kept = [(optimizer, _weights(optimizer), _memory(optimizer)) for optimizer in optimizers]

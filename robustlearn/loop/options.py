@@ -36,7 +36,6 @@ class Options:
     schedule: str
     on_nonfinite: str
     patience: int | None
-    settled: int
     figure: str | None
 
     def check(self, game: Game, *, validated: bool) -> None:

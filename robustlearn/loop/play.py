@@ -36,7 +36,6 @@ def play(
     validate: Validate | None = None,
     figure: str | None = None,
     patience: int | None = None,
-    settled: int = 0,
     out: str | Path | None = None,
     resume: bool = False,
     save_every: float = 60.0,
@@ -73,7 +72,6 @@ def play(
         mode; what the first process finds counts. The best epoch is the one with the highest
         ``figure``, by default the first of them.
     patience : epochs without a better figure after which training stops.
-    settled : how many epochs the game itself still changes in; patience begins after them.
     out : folder of the checkpoint, of ``NAME.safetensors`` with the best weights of each module,
         and of tracker logs. All processes read it, the first one writes.
     resume : go on from the checkpoint in ``out``; from the start if there is none yet.
@@ -135,7 +133,6 @@ def play(
         schedule=schedule,
         on_nonfinite=on_nonfinite,
         patience=patience,
-        settled=settled,
         figure=figure,
     )
     options.check(game, validated=validate is not None)
@@ -344,7 +341,7 @@ class _Run:
         at, patience = self.position, self.options.patience
         if patience is None or at.best is None:
             return False
-        return at.epoch - 1 - max(at.best, self.options.settled - 1) >= patience
+        return at.epoch - 1 - max(at.best, getattr(self.game, "settled", 0) - 1) >= patience
 
     def _tell(self, figures: Mapping[str, float] | None = None) -> None:
         if self.progress is not None and self.ranks.first:

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -150,11 +151,13 @@ class Samples:
         return [source[1] for source in self._sources if _held(source) and source[1].numel()]
 
     def fingerprint(self) -> str:
-        """Return a hash of the sizes, the options and of up to 64 samples in memory."""
+        """Return a hash of the sizes, the options, and of all samples in memory or 64 others."""
         facts = [self._lengths, self.ratio, self.augment is not None]
         digest = hashlib.sha256(repr(facts).encode())
-        for values in [value for source in self._sources if _held(source) for value in source]:
-            rows = values[:: max(1, len(values) // 64)].cpu().contiguous()
+        some = torch.linspace(0, self.numbered - 1, min(64, self.numbered)).long()
+        parts = [part for part in self._sources if _held(part)]
+        for values in itertools.chain(*(parts if self.in_memory else [self._fetched(some)])):
+            rows = values.cpu().contiguous()
             digest.update(rows.reshape(-1).view(torch.uint8).numpy().data)
         if self._cumulated is not None:
             digest.update(self._cumulated.numpy().data)

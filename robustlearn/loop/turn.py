@@ -27,7 +27,8 @@ class Game(Protocol):
 
     ``step(batch, turn)`` computes losses through ``turn.module(name)``, calls ``turn.backward`` and
     ``turn.update``, and returns metrics per sample, (n,) each. A game that remembers more than
-    its modules and optimisers do is `Remembering` too.
+    its modules and optimisers do is `Remembering` too; one that changes as it is played may say
+    by ``settled: int`` in how many epochs it does: patience begins after them.
     """
 
     modules: dict[str, nn.Module]
@@ -128,9 +129,9 @@ class Turn:
         """Return a module to be called for other gradients: they are not exchanged."""
         return self._side(name).plain
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Return the context in which a module computes at the precision asked for."""
-        dtype = DTYPES[self._guard.precision]
+    def autocast(self, precision: str | None = None) -> contextlib.AbstractContextManager[Any]:
+        """Return the context in which a module computes at a precision, or at the loop's."""
+        dtype = DTYPES[precision or self._guard.precision]
         if dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(self._ranks.device.type, dtype)
@@ -192,8 +193,17 @@ class Turn:
         InputError if no gradient is there, if processes hold different ones, or if a gradient
         is not finite and training is to stop then.
         """
-        if not self._last:
+        if not self._last or not self.limited(name):
             return False
+        self._side(name).follow()
+        self._guard.accept()
+        return True
+
+    def limited(self, name: str) -> bool:
+        """Clip the gradient of a module, as `update` does; False if it is not finite: dropped.
+
+        For games that make a step of their own, such as one to look ahead by.
+        """
         side = self._side(name)
         gradients = side.gradients()
         if self._scale != 1:
@@ -207,8 +217,6 @@ class Turn:
             return False
         if self._clip is not None:
             torch._foreach_mul_(gradients, (self._clip / (norm + 1e-6)).clamp(max=1.0))
-        side.follow()
-        self._guard.accept()
         return True
 
     def gather(self, rows: Tensor) -> Tensor:

@@ -166,14 +166,18 @@ class Model(ABC):
         return gradient.contiguous().nan_to_num_(0.0), value, detached
 
     def _in(self, precision: str | None, x: Tensor) -> Tensor:
-        """Return the output as computed in a lower precision, in float32 or float64."""
+        """Return what `gradient` differentiates, as computed in a lower precision."""
         if precision is None:
-            return self(x)
+            return self._climbed(x)
         if precision not in PRECISIONS:
             raise InputError(f"precision must be {' or '.join(PRECISIONS)}; got {precision!r}")
         with torch.autocast(self.device.type, PRECISIONS[precision]):
-            output = self(x)
+            output = self._climbed(x)
         return output.to(self.dtype)
+
+    def _climbed(self, x: Tensor) -> Tensor:
+        """Return the output that `gradient` differentiates."""
+        return self(x)
 
     def affine(self, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | None:
         """Return (W, b) in float64 with output = W·flat(x) + b exactly, or None.

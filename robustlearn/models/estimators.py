@@ -171,6 +171,11 @@ def as_trained(estimator: Any, rows: np.ndarray) -> Any:
     return pandas.DataFrame(rows, columns=names)
 
 
+def detects(source: Any) -> bool:
+    """Tell whether a wrapped object is a detector of anomalies as scikit-learn knows them."""
+    return hasattr(source, "fit_predict") and _estimator_type(source) == "outlier_detector"
+
+
 def _estimator_type(estimator: Any) -> str | None:
     from sklearn.base import BaseEstimator, is_classifier, is_outlier_detector, is_regressor
 

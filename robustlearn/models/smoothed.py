@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor
 
 from robustlearn import _tensor
@@ -11,6 +13,7 @@ from robustlearn.models.around import Around
 from robustlearn.models.base import Model, Objective
 
 CHUNK = 2**23  # numbers in the noisy copies that go through the model together
+ABSTAIN = -1
 GUIDES = 8  # copies whose mean gradient leads an attack
 
 
@@ -50,7 +53,6 @@ class Smoothed(Around):
         super().__init__(inner)
         self.sigma, self.votes, self.seed = float(sigma), votes, seed
         self.differentiable = inner.differentiable
-        self._guided = False
 
     @property
     def name(self) -> str:
@@ -79,22 +81,66 @@ class Smoothed(Around):
         self, x: Tensor, y: Tensor, loss: Objective, precision: str | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradient at the mean softmax; objective and output are those of the vote."""
-        self._guided = True
-        try:
-            found, _, _ = super().gradient(x, y, loss, precision)
-        finally:
-            self._guided = False
+        found, _, _ = super().gradient(x, y, loss, precision)
         with torch.no_grad():
             output = self(x)
         return found, loss.look(output, y)[0], output
 
+    def counts(self, x: Tensor, n: int, seed: int) -> Tensor:
+        """Return how many of n votes each class has, (n, *shape) -> (n, K).
+
+        The noise is that of `keys_of`, and not what the outputs are made from.
+        """
+        return _counted(self.noisy(x, keys_of(x, seed), 0, n)).cpu()
+
+    def predict(self, x: Tensor, n: int = 1_000, alpha: float = 1e-3, seed: int = 1) -> Tensor:
+        """argmax_k P(f(x + σξ) = k), or −1 where n votes do not tell.
+
+        A class that is returned is the wrong one with probability at most α: of the votes for the
+        two largest classes, a share as large as the first has is improbable in a tie (two-sided
+        binomial test).
+
+        Parameters
+        ----------
+        x : (n, *shape).
+
+        Notes
+        -----
+        Source: Cohen, Rosenfeld and Kolter (2019), PREDICT.
+        """
+        with self.session(), torch.no_grad():
+            top = self.counts(x, n, seed).topk(2, 1)
+        first, second = top.values.numpy().T
+        doubt = np.minimum(1, 2 * stats.binom.sf(first - 1, first + second, 0.5))
+        return torch.where(torch.from_numpy(doubt <= alpha), top.indices[:, 0], ABSTAIN)
+
+    def _copies(self, x: Tensor, count: int) -> Tensor:
+        return self.noisy(x, _tensor.keys(self.seed, x), 0, count)
+
     def _forward(self, x: Tensor) -> Any:
-        count = GUIDES if self._guided else self.votes
-        self.forwards += (count - 1) * len(x)
-        outputs = self.noisy(x, _tensor.keys(self.seed, x), 0, count)
+        self.forwards += (self.votes - 1) * len(x)
+        outputs = self._copies(x, self.votes)
         if outputs.dim() == 2:
-            return outputs.mean(1) if self._guided else outputs.median(1).values
-        if self._guided:
-            return outputs.softmax(2).mean(1).clamp_min(torch.finfo(x.dtype).tiny).log()
-        votes = torch.nn.functional.one_hot(outputs.argmax(2), outputs.shape[2]).sum(1)
-        return ((votes + 0.5) / (self.votes + outputs.shape[2] / 2)).log().to(x.dtype)
+            return outputs.median(1).values
+        total = self.votes + outputs.shape[2] / 2
+        return ((_counted(outputs) + 0.5) / total).log().to(x.dtype)
+
+    def _climbed(self, x: Tensor) -> Tensor:
+        """Return log of the mean softmax of a few copies; of a regressor their mean."""
+        self.forwards += GUIDES * len(x)
+        outputs = self._copies(x, GUIDES)
+        if outputs.dim() == 2:
+            return outputs.mean(1)
+        return outputs.softmax(2).mean(1).clamp_min(torch.finfo(x.dtype).tiny).log()
+
+
+def keys_of(x: Tensor, seed: int) -> Tensor:
+    """Return a key for each sample, made of its contents and the seed."""
+    bits = _tensor.flat(x.detach().double()).contiguous().view(torch.int64)
+    place = torch.arange(bits.shape[1], dtype=torch.int64, device=x.device)
+    return _tensor.fold(_tensor.fold(bits, place).sum(1), seed)
+
+
+def _counted(outputs: Tensor) -> Tensor:
+    """Count the votes, (n, votes, K) -> (n, K)."""
+    return torch.nn.functional.one_hot(outputs.argmax(2), outputs.shape[2]).sum(1)

@@ -8,8 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from robustlearn.errors import InputError
+
 Array = NDArray[np.float64]
 Grown = tuple[NDArray[Any], NDArray[Any], NDArray[Any], Array, Array]
+LINKED = {  # objectives of regressors that predict another number than the sum of their leaves
+    *("count:poisson", "reg:gamma", "reg:tweedie", "reg:logistic"),
+    *("poisson", "gamma", "tweedie", "cross_entropy"),
+}
 CHUNK = 2**22  # numbers in a working array
 
 
@@ -59,16 +65,17 @@ class Trees:
 
     @property
     def slack(self) -> float:
-        """Bound on what rounding in ``dtype`` does to any score: T·u·Σ_t max|value|, and base.
+        """Bound on how far two ways to add up a score are apart: in ``dtype``, and in float64.
 
-        Source: Higham (2002), section 4.2.
+        T·u·Σ_t max|value|, and base, for each of the two; u is half the distance of 1 to the
+        next number. Source: Higham (2002), section 4.2.
         """
         starts = np.flatnonzero(np.diff(self.tree, prepend=-1))
         largest = np.maximum.reduceat(np.abs(self.value), starts).sum(0) + np.abs(self.base)
         if len(starts) == 1 and not self.base.any():
             return 0.0
-        unit = float(np.finfo(self.dtype).eps)
-        return float(largest.max()) / self.divisor * unit * (len(starts) + 2) / 2
+        units = (np.finfo(self.dtype).eps + np.finfo(np.float64).eps) / 2
+        return float(largest.max() / self.divisor * units * (len(starts) + 4))
 
     def probes(self, n: int, d: int) -> Array:
         """Return points (n, d) on the cuts themselves, where ``<`` and ``≤`` part."""
@@ -88,7 +95,13 @@ def read(estimator: Any) -> Trees | None:
 
     Known are scikit-learn's decision trees, random forests, extra trees and both kinds of
     gradient boosting, and the estimators of XGBoost and LightGBM; not their categorical
-    splits, linear leaves, dropped trees, and numbers that stand for a missing value.
+    splits, linear leaves, dropped trees, numbers that stand for a missing value, and regressors
+    that predict a function of their sum (Poisson, gamma, Tweedie, logistic).
+
+    Raises
+    ------
+    InputError for estimators of XGBoost that cannot predict (``missing=None``), or whose labels
+    are not those of their scores (``binary:logitraw``).
     """
     home, name = type(estimator).__module__.split(".")[0], type(estimator).__name__
     reader = READERS.get((home, name))
@@ -241,10 +254,22 @@ def _histogram(estimator: Any) -> Trees | None:
 
 
 def _xgboost(estimator: Any) -> Trees | None:
+    if estimator.missing is None:
+        raise InputError(
+            f"{type(estimator).__name__} has missing=None, with which XGBoost does not predict: "
+            "say set_params(missing=numpy.nan)"
+        )
     booster = estimator.get_booster()
     learner = json.loads(bytes(booster.save_raw("json")))["learner"]
-    model = learner["gradient_booster"]
-    if model["name"] != "gbtree" or not np.isnan(estimator.missing):
+    model, objective = learner["gradient_booster"], learner["objective"]["name"]
+    if objective == "binary:logitraw":
+        raise InputError(
+            "XGBoost compares the raw scores of binary:logitraw with 0.5 as if they were "
+            "probabilities: fit with binary:logistic, or wrap the labels, "
+            "wrap(estimator.predict, num_classes=2)"
+        )
+    linked = objective in LINKED and not hasattr(estimator, "classes_")
+    if model["name"] != "gbtree" or not np.isnan(estimator.missing) or linked:
         return None
     trees, column = model["model"]["trees"], model["model"]["tree_info"]
     if any(any(t["split_type"]) or t["tree_param"]["size_leaf_vector"] != "1" for t in trees):
@@ -261,13 +286,15 @@ def _xgboost(estimator: Any) -> Trees | None:
         grown.append((left, right, feature, _below(condition), value))
     start = np.atleast_1d(json.loads(learner["learner_model_param"]["base_score"]))
     base = np.broadcast_to(start.astype(np.float32), (columns,))
-    if learner["objective"]["name"].endswith(("logistic", "logitraw")):
+    if objective.endswith("logistic"):
         odds = np.float32(1) / base - np.float32(1)
         base = -np.log(odds.astype(np.float64)).astype(np.float32)  # rounded once, as logf does
     return _ensemble(grown, base, dtype=np.float32)
 
 
 def _lightgbm(estimator: Any) -> Trees | None:
+    if str(estimator.objective_) in LINKED:
+        return None
     model = estimator.booster_.dump_model()
     columns = model["num_tree_per_iteration"]
     grown = []

@@ -12,6 +12,7 @@ from robustlearn.report.page import template
 
 SCHEMA = "robustlearn-detection/1"
 SHOWN = 200
+FEW = 200  # normal rows below which more of them are flagged than was asked for
 COLUMNS = ("row", "score", "p_value", "flagged", "distance", "changes")
 
 
@@ -60,6 +61,11 @@ def lead(document: dict[str, Any]) -> str:
         text += (
             f" With {len(document['calibration'])} rows to calibrate by, the smallest p-value is "
             f"{document['smallest_p']:.3g}: give more normal rows for that rate."
+        )
+    if document["trained"] < FEW:
+        text += (
+            f" Learnt from {document['trained']} rows alone, that rate is approximate, and more "
+            f"rows than that may be flagged: from {FEW} on it is close."
         )
     return text
 

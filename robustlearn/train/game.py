@@ -33,6 +33,8 @@ class RobustGame:
     guarded : whether the best weights are kept, for `roll_back`.
     best : what held-out samples said of the best epoch so far, and ``good`` its weights.
     awp : γ of the adversarial weight perturbation, once the ramp has ended; 0 for none.
+    settled : the epochs in which ε grows, or up to a rollback: patience counts those after them.
+    crafting : precision in which points are sought, as ``"bf16"``; None for that of the loop.
     grown : whether ε had its full size in the last step, which was of ``epoch``.
     rolled_back : the epoch after which the best weights were returned to; None if they were not.
     """
@@ -50,6 +52,8 @@ class RobustGame:
     best: Standing | None = None
     good: dict[str, Tensor] = field(default_factory=dict)
     rolled_back: int | None = None
+    settled: int = 0
+    crafting: str | None = None
     grown: bool = False
     epoch: int = 0
 
@@ -62,6 +66,7 @@ class RobustGame:
             start=None if self.memory is None else self.memory.get(batch.index, batch.x),
             module=turn.unwrapped("model"),
             autocast=turn.autocast,
+            climbing=functools.partial(turn.autocast, self.crafting),
         )
         replays = int(OBJECTIVES[self.objective].facts["replays"])
         for _ in range(replays):
@@ -85,6 +90,8 @@ class RobustGame:
         if self.rolled_back is not None or not self.good:
             return False
         load(self.modules["model"], self.good)
+        for optimizer in self.optimizers.values():  # its moments are of the weights that failed
+            optimizer.state.clear()
         self._climb_longer(self.epoch)
         return True
 
@@ -94,8 +101,9 @@ class RobustGame:
         good = {f"good.{name}": value for name, value in self.good.items()}
         best = () if self.best is None else astuple(self.best)
         told = {"best": torch.tensor(best, dtype=torch.float64)}
-        back = () if self.rolled_back is None else (self.rolled_back,)
-        return {**kept, **good, **told, "rolled_back": torch.tensor(back, dtype=torch.int64)}
+        told["rolled_back"] = torch.tensor(() if self.rolled_back is None else (self.rolled_back,))
+        told["last"] = torch.tensor((self.grown, self.epoch))
+        return {**kept, **good, **told}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Take up what was remembered."""
@@ -105,10 +113,12 @@ class RobustGame:
         self.good = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         self.best = Standing(*state["best"].tolist()) if len(state["best"]) else None
         for epoch in state["rolled_back"].tolist():
-            self._climb_longer(epoch)
+            self._climb_longer(int(epoch))
+        grown, self.epoch = state["last"].tolist()
+        self.grown = bool(grown)
 
     def _climb_longer(self, epoch: int) -> None:
-        self.rolled_back = epoch
+        self.rolled_back, self.settled = epoch, max(self.settled, epoch + 1)
         self.objective, self.options = options_of(ROLLED_BACK_TO)
 
     def _threat(self, index: Tensor, progress: float) -> LpBall:

@@ -26,6 +26,7 @@ class Craft:
     module : the network without a wrapper that would synchronise gradients; None for the one
         that is trained.
     autocast : makes the context in which the network computes, as for mixed precision.
+    climbing : the same where points are sought, and no weights are trained; None for the same.
     """
 
     keys: Tensor | int = 0
@@ -33,14 +34,15 @@ class Craft:
     points: Tensor | None = None
     module: nn.Module | None = None
     autocast: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+    climbing: Callable[[], AbstractContextManager[None]] | None = None
 
     def network(self, model: nn.Module) -> nn.Module:
         """Return the network to climb."""
         return model if self.module is None else self.module
 
-    def forward(self, model: nn.Module, x: Tensor) -> Tensor:
+    def forward(self, model: nn.Module, x: Tensor, *, climbs: bool = False) -> Tensor:
         """Return the output in float32 or better."""
-        with self.autocast():
+        with self.climbing() if climbs and self.climbing else self.autocast():
             output = model(x)
         return output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
 
@@ -142,7 +144,7 @@ def slope(
     """∂ objective(network(point), y) / ∂point per sample, where it is not finite 0."""
     with torch.enable_grad():
         leaf = point.detach().requires_grad_()
-        output = craft.forward(network, leaf)
+        output = craft.forward(network, leaf, climbs=True)
         _, direction = objective.look(output.detach(), y)
         (gradient,) = torch.autograd.grad(output, leaf, direction)
     return gradient.contiguous().nan_to_num_(0.0, 0.0, 0.0)

@@ -103,7 +103,7 @@ def memory_of(samples: Samples, file: Path | None, *, resume: bool) -> Memory:
     ------
     InputError for samples that do not, and for a file that several processes would write to.
     """
-    if samples.augment is not None or _drawn_anew(samples):
+    if not unchanging(samples):
         raise InputError("kept perturbations belong to unchanged samples: memory=False to augment")
     if file is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("several processes cannot keep perturbations in one file: memory=True")
@@ -116,10 +116,10 @@ def moves_in_steps(threat: LpBall) -> bool:
     return isinstance(threat, Tabular) and (bool(threat.integer.any()) or bool(threat.groups))
 
 
-def _drawn_anew(samples: Samples) -> bool:
-    """Tell whether some samples look different in the next epochs."""
-    if samples.in_memory:
-        return False
+def unchanging(samples: Samples) -> bool:
+    """Tell whether a few samples look the same in every epoch."""
+    if samples.augment is not None or samples.in_memory:
+        return samples.augment is None
     some = [torch.arange(min(LOOKED_AT, len(samples)))]
     looks = [next(samples.fetch(some, 0, epoch))[0] for epoch in range(3)]
-    return not all(torch.equal(looks[0], look) for look in looks[1:])
+    return all(torch.equal(looks[0], look) for look in looks[1:])

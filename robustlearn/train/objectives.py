@@ -533,7 +533,7 @@ def _diverging(
 ) -> Tensor:
     network = craft.network(model)
     with torch.no_grad(), evaluating(network):
-        target = losses.two_columns(craft.forward(network, x)).softmax(1)
+        target = losses.two_columns(craft.forward(network, x, climbs=True)).softmax(1)
     size = step_size if step_size is not None else 1.25 if steps == 1 else 2.5 / steps
     start = craft.begin(x, threat)
     aim = Divergence(target)

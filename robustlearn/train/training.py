@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from robustlearn.errors import InputError
 from robustlearn.evaluate import Report, evaluate, plan
+from robustlearn.evaluate.sharing import Shares, first
 from robustlearn.loop import History, Moment, play
 from robustlearn.models import TorchModel
 from robustlearn.registry import NOT_NEGATIVE, POSITIVE, check_options
@@ -20,9 +21,10 @@ from robustlearn.report import write_training
 from robustlearn.threats import LpBall
 from robustlearn.train.game import ROLLED_BACK_TO, RobustGame
 from robustlearn.train.givens import check_threat, fingerprint, givens, judged, network_of, share
-from robustlearn.train.memory import memory_of, moves_in_steps
+from robustlearn.train.memory import memory_of, moves_in_steps, unchanging
 from robustlearn.train.objectives import OBJECTIVES, Criterion, options_of
 from robustlearn.train.validation import Standing, validate
+from robustlearn.train.watching import watched
 
 PLAYED = {  # options of the loop that the weights depend on, and their defaults
     name: inspect.signature(play).parameters[name].default
@@ -33,6 +35,7 @@ PLAYED = {  # options of the loop that the weights depend on, and their defaults
 }
 FIGURE = "robust"  # what decides which epoch is the best
 KEPT, FRESH = "pgd_at:steps=1:step_size=0.5", "pgd_at:steps=2"  # see `fit`
+CRAFTING = (None, "float32", "bf16")
 ON_OVERFITTING = ("warn", "rollback")
 
 
@@ -95,14 +98,15 @@ def fit(
     weight_decay: float = 0.0,
     schedule: str = "one_cycle",
     ramp: float = 0.5,
-    memory: bool | str | Path = True,
+    memory: bool | str | Path | None = None,
     awp: float = 0.0,
+    crafting: str | None = None,
     criterion: Criterion | str | None = None,
     on_overfitting: str = "warn",
     seed: int = 0,
     out: str | Path | None = None,
     attacks: str | None = "standard",
-    progress: Callable[[Moment], None] | None = None,
+    progress: Callable[[Moment], None] | bool | None = None,
     **options: Any,
 ) -> TrainingResult:
     """min over weights of the mean over samples of max over the threat of a loss.
@@ -127,13 +131,18 @@ def fit(
     optimizer : ``"adamw"``, ``"sgd"`` (Nesterov, momentum 0.9), or ``parameters -> Optimizer``.
     schedule, seed, out, **options : as for `robustlearn.loop.play` (resume, patience, precision,
         compile, ema, clip, accumulate, trackers, on_nonfinite, save_every).
+    progress : True for a bar with the time left, losses and figures held out (lines where there is
+        no terminal), or what is called with a `loop.Moment` after each step.
     ramp : share of the steps during which ε grows to its full size; without it training at a
         large ε may stay at chance.
     memory : whether each sample's perturbation of the epoch before is where the next ascent
-        starts; the name of a file keeps them on disk, for one process. Not with augmentation,
-        nor where features move in whole steps, which would round the next step away;
-        and for regressors an ascent always starts at x, where the sign of the error is right.
+        starts; the name of a file keeps them on disk, for one process. By default where samples
+        look the same in every epoch. Not where features move in whole steps, which would round
+        the next step away; for regressors an ascent starts at x, where the sign of the error is
+        right.
     awp : γ of the adversarial weight perturbation; 0 for none.
+    crafting : ``"bf16"`` or ``"float32"``, the precision in which points are sought; the pass that
+        trains the weights keeps ``precision``, which is meant by default.
     criterion : ``"cross_entropy"``, ``"squared"``, ``"huber"`` or a `Criterion`; by default the
         first for whole labels and the second for others; of a network with one output labels in a
         floating type are targets, but for 0 and 1.
@@ -164,6 +173,8 @@ def fit(
     numbers = {"lr": lr, "weight_decay": weight_decay, "awp": awp}
     check_options("fit", numbers, dict.fromkeys(numbers, NOT_NEGATIVE) | {"lr": POSITIVE})
     _check_rollback(on_overfitting, validation, options.get("ema"))
+    if crafting not in CRAFTING:
+        raise InputError(f"crafting is one of None, 'float32' and 'bf16'; got {crafting!r}")
     if attacks is not None:
         plan(attacks)  # what it names wrongly is to be told now, not after training
     net = network_of(net)
@@ -171,12 +182,13 @@ def fit(
     check_threat(threat, name, validated=validation is not None)
     given = givens(net, train, validation, test, threat, criterion, seed)
     samples, judge = given.samples, given.criterion
-    starts = bool(memory) and judge.classifies and not moves_in_steps(threat)
+    starts = memory is not False and judge.classifies and not moves_in_steps(threat)
+    starts = starts and (memory is not None or unchanging(samples))
     if objective is None:
         objective = KEPT if starts else FRESH
         name, chosen = options_of(objective)
     kept = starts and OBJECTIVES[name].facts["keeps"]
-    file = None if isinstance(memory, bool) else Path(memory)
+    file = None if isinstance(memory, bool | None) else Path(memory)
     if OBJECTIVES[name].facts["replays"] > 1 and options.get("accumulate", 1) > 1:
         raise InputError(f"{name} steps after each replay, and cannot accumulate: accumulate=1")
     game = RobustGame(
@@ -190,6 +202,8 @@ def fit(
         memory=memory_of(samples, file, resume=bool(options.get("resume"))) if kept else None,
         awp=awp,
         guarded=on_overfitting == "rollback",
+        settled=math.ceil(ramp * epochs),
+        crafting=crafting,
     )
     watch = None if given.choosing is None else _Watch(game, *given.choosing, seed)
     size = batch_size or samples.batch_size or 64
@@ -206,26 +220,27 @@ def fit(
         "ramp": ramp,
         "memory": game.memory is not None,
         "awp": awp,
+        "crafting": crafting,
         **_told_of(judge),
         "on_overfitting": on_overfitting,
         "validation": fingerprint(given.choosing),
         **{key: options.get(key, default) for key, default in PLAYED.items()},
     }
-    history = play(
-        game,
-        samples,
-        epochs=epochs,
-        batch_size=size,
-        seed=seed,
-        schedule=schedule,
-        validate=watch,
-        figure=None if watch is None else FIGURE,
-        settled=math.ceil(ramp * epochs),
-        out=out,
-        progress=progress,
-        settings=settings,
-        **options,
-    )
+    with watched(epochs, progress if first() else None) as told:
+        history = play(
+            game,
+            samples,
+            epochs=epochs,
+            batch_size=size,
+            seed=seed,
+            schedule=schedule,
+            validate=watch,
+            figure=None if watch is None else FIGURE,
+            out=out,
+            progress=told,
+            settings=settings,
+            **options,
+        )
     if game.rolled_back is not None:
         settings["rolled_back"] = {"after_epoch": game.rolled_back, "to": ROLLED_BACK_TO}
     net.load_state_dict(history.weights["model"])
@@ -251,7 +266,7 @@ class _Watch:
         device = next(net.parameters()).device
         x, y = self.x.to(device), self.y.to(device)
         model = judged(net, self.game.criterion)
-        found = validate(model, x, y, self.game.threat, seed=self.seed)
+        found = Shares().told(validate(model, x, y, self.game.threat, seed=self.seed))
         if self.game.grown and found.overfitted(self.game.best):  # before, the full ε is new to it
             found = self._overfitted(found)
         best = self.game.best
