@@ -78,7 +78,7 @@ def test_a_network_from_above(network, held_out, untouched):
     kept = held_out.x.copy()
     threat = rl.LpBall(math.inf, 0.1, **BOX)
     report = rl.evaluate(network, held_out.x, held_out.y, threat, classes=held_out.class_names)
-    assert report.certificate["method"] == "complete"
+    assert report.certificate["method"] == "crown"
     assert report.certificate["open"] == report.attacked.value - report.certified.value
     statuses = [s.status for s in report.samples]
     assert statuses.count("certified") == round(len(statuses) * report.certified.value)

@@ -96,9 +96,9 @@ def certify(
         given with it, as ``"auto:seconds=10"``.
     seconds : the most that a sample may take in the mean; bounds of networks are left as good as
         they are then, which is sound.
-    passes : instead of seconds, and for ``"auto"`` alone: about what may be spent on all samples,
-        in passes of one through the model, so that the result is the same on any machine. Of
-        networks intervals for all, then CROWN for those that promise most; of trees as many boxes.
+    passes : instead of seconds, and for ``"auto"`` alone: what a sample is attacked with, in passes
+        through the model, so that the result is the same on any machine. Of networks intervals,
+        and CROWN where it costs a sample a few times as much; of trees so many boxes.
 
     Raises
     ------

@@ -80,6 +80,12 @@ def crown_bounds(
     return {**known, network.output: spans[network.output]}
 
 
+def open_neurons(network: Network, i: int, span: Span) -> Tensor:
+    """Return which neurons of an activation a tighter bound would serve, (n, neurons)."""
+    low, high = (side.flatten(1) for side in span)
+    return (low < 0) & (high > 0) if network.nodes[i].kind == "relu" else high > low
+
+
 def _refined(
     network: Network, region: Region, i: int, spans: Span_of, span: Span, deadline: Deadline,
     steps: int,
@@ -87,7 +93,7 @@ def _refined(
     """Bound the neurons of an activation from both sides by rows ±e_j, some at a time."""
     shape = span[0].shape
     low, high = (side.flatten(1).clone() for side in span)
-    open_ = (low < 0) & (high > 0) if network.nodes[i].kind == "relu" else high > low
+    open_ = open_neurons(network, i, span)
     owners, places = open_.nonzero().unbind(1)
     for mine, at in _chunks(owners, places, max(1, WORK // (2 * network.width))):
         if deadline.passed:

@@ -15,6 +15,7 @@ from robustlearn.certify.bounds import (
     crown_bounds,
     interval_bounds,
     margin_rows,
+    open_neurons,
     row_bounds,
 )
 from robustlearn.certify.complete import RAISED, REFINED, Property, Verdict, decide
@@ -25,6 +26,8 @@ from robustlearn.models.trace import Network
 from robustlearn.threats import LpBall
 
 TOGETHER = 16  # samples that are bounded at once
+DOUBLE = 3  # passes in float32 that one in float64 costs
+RELATIVE = 6  # passes of a certificate that `evaluate` pays for one of its attacks
 SHARES = (1.0, 0.5, 1.0)  # of the way to the boundary, where the model is compared with its record
 ROOM = 10  # times the largest or expected difference, which a margin must exceed
 BOTH = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)  # of a regressor's prediction
@@ -42,17 +45,6 @@ def _applies(model: Model, threat: LpBall, x: Tensor) -> bool:
 
 def _bounded(model: Model, threat: LpBall, x: Tensor) -> bool:
     return model.task == "classification" and _applies(model, threat, x)
-
-
-def _effort(network: Network) -> float:
-    """About how many passes of a sample in float32 the backward passes of CROWN cost."""
-    total, cost = 0, 0
-    for i, node in enumerate(network.nodes):
-        if node.kind != "constant":
-            total += math.prod(node.shape)
-        if i in network.activations and network.segments[i].sources != (0,):
-            cost += math.prod(node.shape) * total
-    return DOUBLE * cost / total
 
 
 class _Samples:
@@ -97,6 +89,23 @@ class _Samples:
         rows_ = wanted.flatten(0, 1)[:, None]
         least = row_bounds(self.network, region, output, rows_, owner, spans(region), steps=steps)
         return least.reshape(len(part), -1)
+
+    def effort(self) -> Tensor:
+        """About how many passes of a sample in float32 the backward passes of CROWN cost, (n,).
+
+        A row goes back from each neuron that intervals leave open, through all numbers before it.
+        """
+        found, network = [], self.network
+        for part in torch.arange(len(self.x)).split(TOGETHER):
+            with torch.no_grad():
+                spans = interval_bounds(network, self.region(part))
+            total, cost = 0, torch.zeros(len(part), dtype=torch.float64)
+            for i, node in enumerate(network.nodes):
+                total += 0 if node.kind == "constant" else math.prod(node.shape)
+                if i in network.activations and network.segments[i].sources != (0,):
+                    cost += total * open_neurons(network, i, spans[i]).sum(1)
+            found.append(DOUBLE * cost / total)
+        return torch.cat(found)
 
     def decided(self, i: int, dtype: torch.dtype, deadline: Deadline) -> Verdict:
         """Decide one sample."""
@@ -144,14 +153,13 @@ class _Samples:
 
 
 def _within(model: Model, x: Tensor, threat: LpBall, y: Tensor | None, passes: int) -> Certificate:
-    """Bound all samples by intervals, and by CROWN those that promise most."""
+    """Bound all samples by intervals, and by CROWN those for which it costs few enough passes."""
     samples = _Samples(model, x, threat, y)
     network = samples.network
     samples.bound(lambda region: interval_bounds(network, region))
     settled = samples.wrong if samples.label is None else samples.wrong | (samples.margin > 0)
-    promise = samples.margin.masked_fill(settled, -torch.inf)
-    order = promise.argsort(descending=True, stable=True)[: int((~settled).sum())]
-    chosen = order[: int(passes / max(1.0, _effort(network)))]
+    affordable = samples.effort() <= RELATIVE * passes
+    chosen = (affordable & ~settled).nonzero().squeeze(1)
     samples.improve(chosen, lambda region: crown_bounds(network, region))
     return samples.stated("crown")
 
@@ -218,11 +226,12 @@ def recorded(model: Model, x: Tensor, threat: LpBall) -> tuple[Network, Tensor]:
     with torch.no_grad():
         apart = network.rounding(low[:, None], high[:, None], network.unit)
         for point in _looks(x.detach().cpu(), threat):
-            # the batch is doubled, so that what mixes its samples shows
-            parts = [model(torch.cat([part, part + 1]).to(model.device))[: len(part)].cpu()
-                     for part in point.split(TOGETHER)]  # fmt: skip
-            ours = network(point.double())
-            theirs = torch.cat(parts).double().reshape(ours.shape)
+            parts = point.split(TOGETHER // 2)
+            ours = torch.cat([network(part.double()) for part in parts])
+            # in batches of twice the size, so that what mixes their samples shows
+            doubled = [model(torch.cat([part, part + 1]).to(model.device)) for part in parts]
+            found = [both[: len(part)].cpu() for both, part in zip(doubled, parts, strict=True)]
+            theirs = torch.cat(found).double().reshape(ours.shape)
             apart = torch.maximum(apart, (ours - theirs).abs().amax(1))
             size = 1 + ours.abs().amax(1)
             if not bool(((ours - theirs).abs().amax(1) <= AGREES * size).all()):

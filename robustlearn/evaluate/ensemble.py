@@ -75,9 +75,10 @@ def evaluate(
         an audit that breaks one goes on with all, and the report bounds what it left undone.
         Samples that are certified are attacked once, as a check of the certificate. Where p is
         not 1, 2 or ∞, presets end with what takes any norm: `fgsm` and `deepfool`.
-    certify : ``"auto"``, a method, or ``"none"``. On a network ``"auto"`` spends about as much as
-        the attacks, on CROWN; ``"auto:seconds=10"`` decides what that many seconds a sample, in
-        the mean, suffice for. What is then neither certified nor falsified is open.
+    certify : ``"auto"``, a method, or ``"none"``. On a network ``"auto"`` is intervals, and CROWN
+        where it costs a sample no more than a few times what the attacks do;
+        ``"auto:seconds=10"`` decides what that many seconds a sample, in the mean, suffice for.
+        What is then neither certified nor falsified is open.
     budget : the most gradients and forward passes a sample, ``"gradients=60,forwards=500"``;
         attacks are shortened to fit, or left out, and the report says which. What it takes to
         measure their points again, and the verdict on at most 64 samples, come on top.
@@ -261,7 +262,7 @@ class _Evaluation:
                 self.threat,
                 y=self.known.named(self.y.numpy()),
                 method=self.method,
-                passes=sum(self._likely(step) for step in self.steps),
+                passes=self._passes(),
             )
         except InputError as error:
             if self.method.partition(":")[0] != "auto":
@@ -302,10 +303,18 @@ class _Evaluation:
         """Return the passes that a step takes if all samples stand and no gradient is masked."""
         if step.scope == "masked" or self._unfit(step, None) is not None:
             return 0
-        cost = step.cost(*self.sizes)
         audited = min(1.0, AUDITED / len(self.x)) if step.scope == "audit" else 1.0
-        share = SHARES.get(step.scope, audited)
-        return math.ceil(share * len(self.x) * (2 * (cost.gradients or 0) + (cost.forwards or 0)))
+        return math.ceil(len(self.x) * audited * self._paid(step))
+
+    def _passes(self) -> int:
+        """Return the passes of a sample through the plan, audits and suspicions apart."""
+        fit = [step for step in self.steps if self._unfit(step, None) is None]
+        return math.ceil(sum(self._paid(s) for s in fit if s.scope not in ("audit", "masked")))
+
+    def _paid(self, step: Step) -> float:
+        """Return the passes that a step takes of each sample in the mean, if all of them stand."""
+        cost = step.cost(*self.sizes)
+        return SHARES.get(step.scope, 1.0) * (2 * (cost.gradients or 0) + (cost.forwards or 0))
 
     def _attack(self, step: Step, fault: str | None) -> AttackRun:
         reason = self._unfit(step, fault)
