@@ -1,5 +1,6 @@
 """Branch and bound against mixed-integer programs, and certificates of networks in the bracket."""
 
+import copy
 import itertools
 import math
 
@@ -65,6 +66,25 @@ def test_decides_as_a_mixed_integer_program_does(p):
     assert {"crown_ibp", "attack"} <= set(seen)
 
 
+def test_a_frozen_feature_is_a_constant():
+    """Branch and bound, cuts included, says of scale (1, 0, 1) what it says without the second."""
+    seen = []
+    for seed, eps in ((19, 0.8), (20, 0.8), (42, 0.8), (60, 1.5)):
+        net, x, _ = instance(seed, 2)
+        label = int(net(x).argmax())
+        less = copy.deepcopy(net)
+        less[0].bias.data += net[0].weight.data[:, 1] * x[0, 1]
+        less[0].weight.data = net[0].weight.data[:, ::2]
+        rule, found = Property.of_class(label, 3), []
+        for module, point, scale in ((net, x, [1.0, 0.0, 1.0]), (less, x[:, ::2], [1.0, 1.0])):
+            region = Region(point, rl.LpBall(2, eps, scale=torch.tensor(scale)))
+            with torch.no_grad():
+                found.append(decide(trace(module, point), region, rule))
+        assert found[0].status == found[1].status != "open"
+        seen.append(found[0].by)
+    assert "branch and bound" in seen
+
+
 def test_the_program_is_exact():
     """Against a dense grid of the box; the network is 6-Lipschitz there by its weights' norms."""
     net, x, _ = instance(4, math.inf, widths=(2, 5, 4, 2))
@@ -119,6 +139,14 @@ def test_a_tie_is_a_violation_where_the_rule_says_so(closed):
     rule = Property(torch.ones(1, 1, 1).double(), torch.zeros(1, 1).double(), closed)
     found = decide(trace(net, x), Region(x, rl.LpBall(math.inf, 0.25)), rule)
     assert found.status == ("falsified" if closed else "open")
+
+
+@pytest.mark.parametrize("p", [1, 2, 3, math.inf])
+def test_a_tie_where_nothing_may_move_is_open(p):
+    x = torch.ones(1, 2, dtype=torch.float64)
+    found = decide(trace(nn.ReLU(), x), Region(x, rl.LpBall(p, 0.0)), Property.of_class(0, 2))
+    assert found.status == "open"
+    assert found.bound <= 0
 
 
 @pytest.mark.parametrize("size", [1e-10, 1e-6, 1.0])
@@ -301,7 +329,7 @@ def test_a_budget_of_passes_has_one_result(digits):
     net, x, y = digits
     found = [
         rl.certify(net, x, rl.LpBall(math.inf, 0.03), y=y, passes=passes).margin
-        for passes in (20, 20, 0)
+        for passes in (200, 200, 0)
     ]
     np.testing.assert_array_equal(found[0], found[1])
     assert (found[0] >= found[2]).all()

@@ -303,7 +303,10 @@ class _Tree:
                 best = max(best, self._dual(box, relaxed, duals, size))
             if self.region.is_box or best > self.slack:
                 break
-            normal, reach, point = self._cut(point)
+            cut = self._cut(point)
+            if cut is None:
+                break
+            normal, reach, point = cut
             above = np.append(above, [[*(normal * radius), 0.0]], 0)
             below = np.append(below, reach - normal @ middle)
         return best, point.reshape(self.region.x[0].shape)
@@ -431,13 +434,17 @@ class _Tree:
         bound, _ = self._bound(box, relaxed, beta, beta / total, share / total, {})
         return float(bound) if float((bound - self.slack) * total) > CLEAR else -np.inf
 
-    def _cut(self, point: Tensor) -> tuple[np.ndarray, float, Tensor]:
+    def _cut(self, point: Tensor) -> tuple[np.ndarray, float, Tensor] | None:
         """Return ⟨g, x'⟩ ≤ c, which cuts off a point outside, and the nearest towards x inside."""
         x, threat = self.region.x, self.region.threat
+        moves = (self.region.box[0] < self.region.box[1]).squeeze(1)  # others have no derivative
         with torch.enable_grad():
-            delta = (point - x).requires_grad_()
+            delta = torch.where(moves, point - x, 0).requires_grad_()
             norm = threat.norm(delta)
+            share = float(torch.as_tensor(threat.eps) / norm.detach())
+            if not share < 1 - CLEAR:  # it is inside, or nothing may move
+                return None
             (normal,) = torch.autograd.grad(norm.sum(), delta)
+        normal = torch.where(moves, normal, 0)
         reach = threat.support(normal, x) + (flat(normal) * flat(x)).sum(1)
-        share = (torch.as_tensor(threat.eps) / norm.detach()).clamp(max=1).nan_to_num(1)
         return flat(normal)[0].numpy(), float(reach), x + delta.detach() * share
