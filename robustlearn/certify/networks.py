@@ -222,10 +222,10 @@ def recorded(model: Model, x: Tensor, threat: LpBall) -> tuple[Network, Tensor]:
     if threat.p == 0:
         raise InputError("networks are bounded over convex sets: choose p ≥ 1")
     wide = x.detach().cpu().double()
-    spans = [side[:, None].split(TOGETHER) for side in threat.span(wide)]
+    lows, highs = (side[:, None].split(TOGETHER) for side in threat.span(wide))
     with torch.no_grad():
         apart = torch.cat(
-            [network.rounding(*span, network.unit) for span in zip(*spans, strict=True)]
+            [network.rounding(a, b, network.unit) for a, b in zip(lows, highs, strict=True)]
         )
         for point in _looks(x.detach().cpu(), threat):
             parts = point.split(TOGETHER // 2)
