@@ -26,7 +26,15 @@ bench: .venv/peers
 	$(BIN)/python benchmarks/anomaly.py --full --table 2 --out benchmarks/results/anomaly_peers.csv
 	$(BIN)/python benchmarks/anomaly.py --full --table 3 --out benchmarks/results/anomaly_pieces.csv
 	$(BIN)/python benchmarks/anomaly.py --full --table 4 --out benchmarks/results/anomaly_growth.csv
-	$(BIN)/python benchmarks/training.py --full --out benchmarks/results/training.csv
+	$(BIN)/python benchmarks/certify.py --full --out benchmarks/results/certify.csv
+	$(BIN)/python benchmarks/certify_trees.py --full --out benchmarks/results/certify_trees.csv
+	$(BIN)/python benchmarks/certify_smoothing.py --full --out benchmarks/results/certify_smoothing.csv
+	$(BIN)/python benchmarks/gan.py --full --out benchmarks/results/gan.csv
+	$(BIN)/python benchmarks/loop_overhead.py --full --out benchmarks/results/loop_overhead.csv
+	ROBUSTLEARN_IMAGES=mnist $(BIN)/python benchmarks/training.py --full --table 1 --out benchmarks/results/training_mnist.csv
+	ROBUSTLEARN_IMAGES=fashion_mnist $(BIN)/python benchmarks/training.py --full --table 1 --out benchmarks/results/training_fashion.csv
+	$(BIN)/python benchmarks/training.py --full --table 2 --out benchmarks/results/training_recipe.csv
+	$(BIN)/python benchmarks/training.py --full --table 3 --out benchmarks/results/training_linear.csv
 	$(BIN)/python benchmarks/training_peers.py --full --out benchmarks/results/training_peers.csv
 	$(BIN)/python benchmarks/training_cost.py --full --out benchmarks/results/training_cost.csv
 
