@@ -267,10 +267,11 @@ def spread(rows: list[Row], key: str) -> str:
 # Recipe
 
 
-RECIPE: Row = {
-    "objective": DEFAULT,
-    "epochs": 20,
+RECIPE: Row = {  # chosen on training images that it does not use, with 12 epochs of 20,000 others
+    "objective": "mart:steps=1:step_size=0.5",
+    "epochs": 50,
     "lr": 4e-3,
+    "ema": 0.999,
     "precision": "bf16",
     "validation": 0.01,
 }
@@ -284,7 +285,7 @@ def recipe(full: bool, seed: int) -> Iterator[Row]:
         task, options = images("mnist", 0.3, train=59_500, test=1000), RECIPE
     else:
         return
-    gradients_a_sample(task, DEFAULT)  # imports what the first run needs
+    gradients_a_sample(task, RECIPE["objective"])  # imports what the first run needs
     for number in seeds(full, seed):
         net, seconds = trained(task, seed=number, **options)
         row = {"images": task.name, "seed": number, "cpu_seconds": seconds}
