@@ -74,6 +74,20 @@ def test_the_bracket_of_a_linear_model_closes(linear, iris):
             assert (sample.distance, sample.radius, sample.certified) == (0, 0, False)
 
 
+def test_a_certificate_may_be_given_seconds(network, held_out):
+    threat = rl.LpBall(math.inf, 0.02, **BOX)
+    found = {
+        asked: rl.evaluate(
+            network, held_out.x[:20], held_out.y[:20], threat, attacks="fgsm", certify=asked
+        )
+        for asked in ("ibp", "auto:seconds=0.3")
+    }
+    methods = [report.certificate["method"] for report in found.values()]
+    assert methods == ["ibp", "complete"]
+    proven = [report.certified.value for report in found.values()]
+    assert proven[0] < proven[1]
+
+
 def test_a_network_from_above(network, held_out, untouched):
     kept = held_out.x.copy()
     threat = rl.LpBall(math.inf, 0.1, **BOX)

@@ -46,6 +46,14 @@ def test_processes_find_what_one_finds(found, name):
         assert part == {key: value for key, value in parts[0].items() if key != "x_adv"}
 
 
+def test_all_have_the_certificate_of_the_first(found):
+    """By the clock each would prove something else, and attack other samples."""
+    parts = [part["by the clock"] for part in found[0]]
+    for part in parts[1:]:
+        assert part["samples"] == parts[0]["samples"]
+        assert part["runs"] == parts[0]["runs"]
+
+
 def test_finished_batches_serve_any_number_of_processes(found):
     parts, folder = found
     expected = told(case("certified"))
