@@ -460,7 +460,7 @@ def test_other_refusals(digits):
         fit(network(), digits, rl.LpBall(2, torch.full((len(x),), 0.1)))
     moved = Samples((x, y), augment=lambda x, keys: x)
     with pytest.raises(rl.InputError, match="memory=False to augment"):
-        fit(network(), moved, BALL, validation=None)
+        fit(network(), moved, BALL, validation=None, memory=True)
     with pytest.raises(rl.InputError, match="free steps after each replay"):
         fit(network(), digits, BALL, objective="free", accumulate=2)
     for wrong, said in (

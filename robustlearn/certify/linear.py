@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from robustlearn.errors import InputError
 from robustlearn.models import Model
 from robustlearn.threats import LpBall
 
+FELT = 1e-9  # of a margin, that rounding may take without a second look at the radius
 CHUNK = 2**22  # numbers in a working array
 
 
@@ -55,7 +57,6 @@ def linear(
     scores = flat(x) @ weight.T + bias
     label = scores.argmax(1) if y is None else y.detach().cpu().long()
     gap = scores.gather(1, label[:, None]) - scores
-    room = gap - 2 * slack[:, None]  # a margin is the difference of two outputs
     unwalled = _pairwise_norms(weight, threat)[label]
     eps = torch.as_tensor(threat.eps, dtype=torch.float64).expand(len(x))
     own = torch.nn.functional.one_hot(label, len(weight)).bool()
@@ -64,13 +65,25 @@ def linear(
         direction = (weight[rival] - weight[label[row]]).reshape(len(row), *x.shape[1:])
         return gap[row, rival] - threat.select(row).support(direction, x[row])
 
-    def distance(row: Tensor, rival: Tensor) -> Tensor:
-        direction = (weight[rival] - weight[label[row]]).reshape(len(row), *x.shape[1:])
-        return _radius(threat.select(row), direction, room[row, rival], x[row])
+    def distances(room: Tensor, rows: Tensor) -> Tensor:
+        """Return the least ε at which a rival has used up its room, (k,)."""
+
+        def distance(row: Tensor, rival: Tensor) -> Tensor:
+            direction = (weight[rival] - weight[label[rows[row]]]).reshape(len(row), *x.shape[1:])
+            given = threat.select(rows[row])
+            return _radius(given, direction, room[row, rival], x[rows[row]])
+
+        bound = torch.where(room > 0, room / unwalled[rows], 0)
+        return _least(distance, bound.masked_fill(own[rows], torch.inf), x)
 
     margin = _least(worst, (gap - eps[:, None] * unwalled).masked_fill(own, torch.inf), x)
-    bound = torch.where(room > 0, room / unwalled, 0).masked_fill(own, torch.inf)
-    radius, certified = _least(distance, bound, x), margin > 2 * slack
+    spare, certified = 2 * slack, margin > 2 * slack  # a margin is the difference of two outputs
+    felt = spare > FELT * gap.masked_fill(own, torch.inf).amin(1)
+    radius = distances(gap - torch.where(felt, 0, spare)[:, None], torch.arange(len(x)))
+    if bool(felt.any()):  # what counts is the rounding within the radius, not within the threat
+        at = torch.where(radius.isfinite(), radius, eps)
+        spare, few = 2 * _rounding(model, x, replace(threat, eps=at)), felt.nonzero().squeeze(1)
+        radius[few] = distances(gap[few] - spare[few, None], few)
     radius = radius.clamp_min(1.0) if threat.p == 0 else radius  # under one change is no change
     right = scores.argmax(1) == label
     return classified("linear", right, radius, certified, margin, exact=threat.tight)
@@ -157,9 +170,5 @@ def _radius(threat: LpBall, direction: Tensor, gap: Tensor, x: Tensor) -> Tensor
 
 def _rounding(model: Model, x: Tensor, threat: LpBall) -> Tensor:
     """Bound how far the model's own arithmetic may move an output over the threat."""
-    if threat.p == 0:
-        low, high = threat.span(x)
-        return model.rounding(torch.maximum(low.abs(), high.abs()))
-    eps = torch.as_tensor(threat.eps, dtype=torch.float64).reshape(-1, *[1] * (x.dim() - 1))
-    scale = 1.0 if threat.scale is None else torch.as_tensor(threat.scale)
-    return model.rounding(x.abs() + eps * scale)
+    low, high = threat.span(x)
+    return model.rounding(torch.maximum(low.abs(), high.abs()))
