@@ -129,6 +129,8 @@ def fit(
         upwards by the choice.
     batch_size : 64 by default: small batches do better than large ones at equal cost.
     optimizer : ``"adamw"``, ``"sgd"`` (Nesterov, momentum 0.9), or ``parameters -> Optimizer``.
+    lr : the peak of ``schedule``. The default is cautious: convolutional networks of 166,000
+        parameters did better with 4e-3 (table 1 of benchmarks/training.py).
     schedule, seed, out, **options : as for `robustlearn.loop.play` (resume, patience, precision,
         compile, ema, clip, accumulate, trackers, on_nonfinite, save_every).
     progress : True for a bar with the time left, losses and figures held out (lines where there is
