@@ -608,6 +608,7 @@ def test_after_a_rollback_the_restored_weights_are_told_and_kept(few, monkeypatc
 
 def test_a_weak_network_is_no_overfitted_one():
     assert not Standing(0.4, 0.033, 0.0).overfitted(Standing(0.3, 0.03, 0.02))
+    assert not Standing(0.85, 0.113, 0.0).overfitted(Standing(0.8, 0.1, 0.013))  # ε has just grown
     assert Standing(0.9, 0.2, 0.05).overfitted(Standing(0.9, 0.2, 0.15))
 
 

@@ -37,7 +37,8 @@ class Standing:
 
         A single step finds little and the attack nearly everything: they are ``APART`` from each
         other, or the attacked share has lost the part ``LOST`` of its best while that after one
-        step has lost nothing and stands ``GAP`` above it: with less a network is weak, not masked.
+        step has lost nothing and stands ``GAP`` above it; that best was ``GAP`` or more: with less
+        a network is weak, not masked.
         """
         if self.robust < 0 or self.clean <= 0:
             return False
@@ -45,6 +46,7 @@ class Standing:
             return True
         return (
             best is not None
+            and best.robust >= GAP
             and self.single - self.robust >= GAP
             and self.robust < LOST * best.robust
             and self.single >= best.single - 0.01
