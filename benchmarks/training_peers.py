@@ -51,10 +51,8 @@ Make = Callable[[nn.Module, torch.optim.Optimizer], Step]
 
 def main() -> None:
     """Measure, print the tables, write the rows."""
-    given = recording.arguments(__doc__.split("\n", 1)[0], threads=1)
-    rows = list(measure(given.full, given.seed))
-    show(rows)
-    recording.save(rows, given)
+    given = recording.arguments(__doc__.split("\n", 1)[0], tables=len(TABLES), threads=1)
+    recording.save(recording.measured(TABLES, given), given)
 
 
 # Peers
@@ -260,6 +258,9 @@ def show(rows: list[Row]) -> None:
             names,
             lines,
         )
+
+
+TABLES: recording.Tables = {1: (measure, show)}
 
 
 if __name__ == "__main__":
