@@ -14,6 +14,9 @@ from torch import nn
 import robustlearn as rl
 from robustlearn import data
 from robustlearn.cli import run
+from robustlearn.errors import InputError
+from robustlearn.evaluate import ensemble
+from robustlearn.evaluate.sharing import Shares
 
 N = 150  # more than twice the size of an audit
 
@@ -87,6 +90,33 @@ def told(report):
     }
 
 
+@contextlib.contextmanager
+def shared_work():
+    """Tell how many samples this process has certified."""
+    numbers, prove = [], ensemble.prove
+
+    def counted(model, x, *given, **options):
+        numbers.append(len(x))
+        return prove(model, x, *given, **options)
+
+    ensemble.prove = counted
+    yield numbers
+    ensemble.prove = prove
+
+
+def refused():
+    """What every process hears where one of them refuses its samples."""
+
+    def refuse(rows):
+        if 0 not in rows:
+            raise InputError("sample 1 is not mine")
+
+    try:
+        Shares().divided(4, refuse)
+    except InputError as error:
+        return str(error)
+
+
 def build():
     """What the command line finds here."""
     return network(0)
@@ -104,6 +134,9 @@ def ranks(folder):
     report.save(folder / "report")
     found["kept"] = told(report)
     found["resumed"] = told(case("certified", resume=folder / "state"))
+    with shared_work() as numbers:
+        case("certified")
+    found["certified here"], found["refused"] = numbers, refused()
     hurried = {"attacks": "fgsm", "certify": "complete:seconds=0.002"}
     found["by the clock"] = told(rl.evaluate(network(), *digits(31), BALL, **hurried))
     for _ in range(2):  # the second run clears what the first one kept

@@ -46,8 +46,17 @@ def test_processes_find_what_one_finds(found, name):
         assert part == {key: value for key, value in parts[0].items() if key != "x_adv"}
 
 
-def test_all_have_the_certificate_of_the_first(found):
-    """By the clock each would prove something else, and attack other samples."""
+def test_each_certifies_its_share(found):
+    numbers = [part["certified here"] for part in found[0]]
+    assert sum(sum(part) for part in numbers) == evaluations.N
+
+
+def test_what_one_refuses_all_refuse(found):
+    assert [part["refused"] for part in found[0]] == ["sample 1 is not mine"] * len(found[0])
+
+
+def test_all_have_one_certificate(found):
+    """By the clock each proves what its own seconds are enough for, and all know all of it."""
     parts = [part["by the clock"] for part in found[0]]
     for part in parts[1:]:
         assert part["samples"] == parts[0]["samples"]

@@ -1,8 +1,8 @@
 """What a certificate says, and the registry of methods."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -58,6 +58,18 @@ class Certificate:
     by: np.ndarray | None = None
     witness: np.ndarray | None = None
     alpha: float = 0.0
+
+    @staticmethod
+    def joined(parts: Sequence[tuple[np.ndarray, "Certificate"]]) -> "Certificate":
+        """Return one certificate, made by one method of parts with the numbers of their samples."""
+        every, found = np.concatenate([numbers for numbers, _ in parts]), parts[0][1]
+        _, order = np.unique(every, return_index=True)
+        whole: dict[str, Any] = {}
+        for field in fields(Certificate):
+            if isinstance(getattr(found, field.name), np.ndarray):
+                values = [getattr(part, field.name) for _, part in parts]
+                whole[field.name] = np.concatenate(values)[order]
+        return replace(found, **whole)
 
 
 def applicable(model: Model, threat: LpBall, x: Tensor) -> list[str]:

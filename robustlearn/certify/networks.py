@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from robustlearn._tensor import per_sample
+from robustlearn import _tensor
 from robustlearn.certify.base import CERTIFICATES, Certificate, rows
 from robustlearn.certify.bounds import (
     Deadline,
@@ -31,7 +31,6 @@ RELATIVE = 6  # passes of a certificate that `evaluate` pays for one of its atta
 SHARES = (1.0, 0.5, 1.0)  # of the way to the boundary, where the model is compared with its record
 ROOM = 10  # times the largest or expected difference, which a margin must exceed
 BOTH = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)  # of a regressor's prediction
-DOUBLE = 3  # passes in float32 that one in float64 costs
 AGREES = 1e-3  # largest difference, in units of the outputs, that rounding explains
 
 
@@ -180,7 +179,7 @@ def complete(
     proven, wrong, margin = rows(samples.margin > 0), rows(samples.wrong), rows(samples.margin)
     status = np.where(proven, "certified", np.where(wrong, "falsified", "open"))
     by = np.where(proven, "crown_ibp", np.where(wrong, "prediction", "")).astype(object)
-    witness = torch.where(per_sample(samples.wrong, samples.x) > 0, samples.x, torch.nan)
+    witness = torch.where(_tensor.per_sample(samples.wrong, samples.x) > 0, samples.x, torch.nan)
     undecided = np.flatnonzero(status == "open").tolist()
     for done, i in enumerate(undecided):
         share = Deadline.after(end.left / (len(undecided) - done))
@@ -246,10 +245,10 @@ def recorded(model: Model, x: Tensor, threat: LpBall) -> tuple[Network, Tensor]:
 
 def _looks(x: Tensor, threat: LpBall) -> Iterator[Tensor]:
     """Yield x, and members of the threat on its boundary and half way there."""
-    generator, wide = torch.Generator().manual_seed(0), x.double()
+    wide, shape = x.double(), tuple(x.shape[1:])
     yield x
-    for share in SHARES:
-        drawn = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+    for number, share in enumerate(SHARES):
+        drawn = _tensor.normal(_tensor.keys(number, x), shape, torch.float64)
         yield threat.enclose(x, wide + share * threat.argmax(drawn, wide))
 
 

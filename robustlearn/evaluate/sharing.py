@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from robustlearn.errors import InputError
+
 CHUNK = 1024  # samples of each process that are exchanged at once
 Made = TypeVar("Made")
 
@@ -58,6 +60,28 @@ class Shares:
         if self.world == 1:
             return values[None]
         return torch.stack(self._ranks.gather(values[None].to(self._ranks.device))).cpu()[:, 0]
+
+    def divided(self, n: int, make: Callable[[Tensor], Made]) -> list[tuple[Tensor, Made]]:
+        """Return sample numbers and ``make(numbers)`` of every process; together they are all n.
+
+        Raises
+        ------
+        InputError in every process, if any had to raise one.
+        """
+        every = torch.arange(n)
+        if self.world == 1:
+            return [(every, make(every))]
+        rows, made, error = self.own(every), None, None
+        rows = rows if len(rows) else every[:1]  # what makes it may not know an empty batch
+        try:
+            made = make(rows)
+        except InputError as raised:
+            error = raised
+        parts = self._ranks.each((rows, made, error))
+        for *_, error in parts:
+            if error is not None:
+                raise error
+        return [(rows, made) for rows, made, _ in parts]
 
     def told(self, value: Made) -> Made:
         """Return what the first process holds: where rounding may differ, all do as it does."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import broadcast, broadcast_object_list
+from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from robustlearn.errors import InputError
@@ -133,6 +133,10 @@ class Ranks:
         padded[: len(rows)] = rows
         parts = self.accelerator.gather(padded).split(max(counts))
         return [part[:count] for part, count in zip(parts, counts, strict=True)]
+
+    def each(self, value: Any) -> list[Any]:
+        """Return what every process holds."""
+        return [value] if self.world == 1 else gather_object([value])
 
     def told(self, value: Any) -> Any:
         """Return what the first process holds."""
