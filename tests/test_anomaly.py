@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 from sklearn.ensemble import IsolationForest
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
@@ -283,6 +284,19 @@ def test_where_rows_repeat_distances_are_plain(monkeypatch):
     assert area() > plain - 0.005
     monkeypatch.setattr(detector_module, "COPIES", np.inf)  # always local
     assert area() < plain - 0.03
+
+
+def test_flags_count_by_their_rarity():
+    random, rates = np.random.default_rng(0), np.r_[np.full(10, 0.5), np.full(10, 0.01)]
+    rows = (random.random((500, 20)) < rates).astype(float)
+    often, rarely = rows[:40].copy(), rows[:40].copy()
+    often[:, :2], rarely[:, 10:12] = 1 - often[:, :2], 1 - rarely[:, 10:12]
+    detector = quick(critics=2).fit(rows)
+    higher = detector.anomaly_score(rarely) > detector.anomaly_score(often)
+    assert higher.mean() > 0.9
+    baseline = MeanNeighborDetector(scaling="standard").fit(rows)
+    pairs = (one.anomaly_score(rarely) for one in (detector, baseline))
+    assert spearmanr(*pairs).statistic == pytest.approx(1)
 
 
 def test_distances_are_local_where_no_row_repeats():

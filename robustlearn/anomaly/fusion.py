@@ -107,26 +107,22 @@ def _columns(found: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 class Distances(Part):
-    """log d₅ to the normal rows after each of some maps: what is left where rows repeat."""
+    """log d₅ to the normal rows after a map: what is left where values are discrete."""
 
-    def __init__(self, scalings: Sequence[Map], rows: Tensor) -> None:
+    def __init__(self, scaling: Map, rows: Tensor) -> None:
         super().__init__()
-        self.maps = list(scalings)
-        self.densities = [Density(Reference(scaling(rows)), local=False) for scaling in scalings]
-        self.of_training = torch.stack([d.of_training[1] for d in self.densities], 1)
+        self.scaling = scaling
+        self.density = Density(Reference(scaling(rows)), local=False)
+        self.of_training = self.density.of_training[1][:, None]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return (n, maps)."""
-        pairs = zip(self.maps, self.densities, strict=True)
-        return torch.stack([density(scaling(x))[1] for scaling, density in pairs], 1)
+        """Return (n, 1)."""
+        return self.density(self.scaling(x))[1][:, None]
 
     def enclosed(self, x: Tensor, threat: LpBall) -> tuple[Tensor, Tensor]:
-        """Bound the columns by how far the threat reaches after each map."""
-        low, high = (
-            torch.stack([bound[:, -1] for bound in side], 1)
-            for side in _bounds(self.maps, self.densities, x, threat)
-        )
-        return low, high
+        """Bound the distance by how far the threat reaches after the map."""
+        (low,), (high,) = _bounds([self.scaling], [self.density], x, threat)
+        return low[:, -1:], high[:, -1:]
 
 
 class Logits(Part):
