@@ -115,29 +115,32 @@ def _margins(model: nn.Module, x: Tensor, y: Tensor, threat: LpBall, beta: float
     classes = network.nodes[network.output].shape[-1]
     single = (2 * y - 1)[:, None, None]  # a logit of class 1 against class 0
     rows = (single if classes == 1 else margin_rows(y, classes)).to(x)
-    owner = torch.arange(len(x), device=x.device).repeat_interleave(rows.shape[1])
-    flat = rows.flatten(0, 1)[:, None]
-    found = _elided(network, region.select(owner), flat, _rows(spans, owner))
+    found = _elided(network, region, rows, spans)
     if beta:
-        relaxed = lines(network, _rows(spans, owner))
-        slope, offset = backward(network, network.output, flat, relaxed)
-        found = (1 - beta) * found + beta * region.select(owner).least(slope, offset)
-    return found.reshape(len(x), -1)
+        owner = torch.arange(len(x), device=x.device).repeat_interleave(rows.shape[1])
+        relaxed = {i: line.rows(owner) for i, line in lines(network, spans).items()}
+        output = network.output
+        slope, offset = backward(network, output, rows.flatten(0, 1)[:, None], relaxed)
+        crown = region.select(owner).least(slope, offset)
+        found = (1 - beta) * found + beta * crown.reshape(found.shape)
+    return found
 
 
 def _elided(network: Network, region: Region, rows: Tensor, spans: Span_of) -> Tensor:
-    """Rows·outputs from below (r,), by intervals of the activations before the last layer.
+    """Rows·outputs from below (n, k), by intervals of the activations before the last layer.
 
-    A row goes through the last affine map as a whole: what two outputs share cancels. Region and
-    spans are one a row.
+    The rows (n, k, K) go through the last affine map as a whole: what two outputs share cancels.
     """
-    affine = network.segments[network.output]
-    bound = (rows * affine.offset).flatten(1).sum(1)
-    for source, part in zip(affine.sources, affine.pull(rows), strict=True):
+    affine, (n, k) = network.segments[network.output], rows.shape[:2]
+    bound = (rows * affine.offset).sum(2)
+    parts = affine.pull(rows.flatten(0, 1)[:, None])
+    for source, part in zip(affine.sources, parts, strict=True):
         curve = ACTIVATIONS.get(network.nodes[source].kind)
-        low, high = region.box if curve is None else map(curve, spans[source])
-        negative = part.clamp(max=0)
-        bound = bound + ((part - negative) * low + negative * high).flatten(1).sum(1)
+        span = region.box if curve is None else map(curve, spans[source])
+        low, high = (side.reshape(n, -1, 1) for side in span)
+        through = part.reshape(n, k, -1)
+        negative = through.clamp(max=0)
+        bound = bound + ((through - negative) @ low + negative @ high).squeeze(2)
     return bound
 
 
@@ -153,10 +156,6 @@ def _compare(network: Network, model: nn.Module, x: Tensor) -> None:
             "it on one sample: does it keep a state, or depend on the other samples?"
         )
     COMPARED.add(model)
-
-
-def _rows(spans: Span_of, owner: Tensor) -> Span_of:
-    return {i: (low[owner], high[owner]) for i, (low, high) in spans.items()}
 
 
 def _logits(margins: Tensor, y: Tensor) -> Tensor:
