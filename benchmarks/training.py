@@ -267,20 +267,19 @@ def spread(rows: list[Row], key: str) -> str:
 # Recipe
 
 
-RECIPE: Row = {  # chosen on 500 training images that it does not use, by 25 epochs of the others
-    "objective": "trades:steps=1:step_size=0.5:beta=6",
-    "epochs": 50,
+RECIPE: Row = {  # chosen by 12 epochs of 59,000 training images, on the 1,000 others
+    "objective": "trades:steps=2:step_size=0.25:beta=6",
+    "epochs": 30,
     "lr": 4e-3,
     "ema": 0.999,
     "precision": "bf16",
-    "validation": 0.01,
 }
 
 
 def recipe(full: bool, seed: int) -> Iterator[Row]:
-    """Train as the README says, validation included, and judge on test images."""
+    """Train as the README says, and judge the last weights on test images."""
     if not full:
-        task, options = digits(full), {**RECIPE, "epochs": 2, "validation": 0.1}
+        task, options = digits(full), {**RECIPE, "epochs": 2}
     elif (FOLDER / "images" / "mnist.npz").is_file():
         task, options = images("mnist", 0.3, train=59_500, test=1000), RECIPE
     else:
