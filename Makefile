@@ -36,7 +36,9 @@ bench: .venv/peers
 	$(BIN)/python benchmarks/training.py --full --table 2 --out benchmarks/results/training_recipe.csv
 	$(BIN)/python benchmarks/training.py --full --table 3 --out benchmarks/results/training_linear.csv
 	$(BIN)/python benchmarks/training_peers.py --full --out benchmarks/results/training_peers.csv
-	$(BIN)/python benchmarks/training_cost.py --full --out benchmarks/results/training_cost.csv
+	$(BIN)/python benchmarks/training_cost.py --full --table 1 --out benchmarks/results/training_overhead.csv
+	$(BIN)/python benchmarks/training_cost.py --full --table 2 --out benchmarks/results/training_precision.csv
+	$(BIN)/python benchmarks/training_cost.py --full --table 3 --out benchmarks/results/training_growth.csv
 
 clean:
 	rm -rf .venv robustness-report build dist *.egg-info .*_cache .hypothesis

@@ -8,7 +8,10 @@ from torch import nn
 from torch.nn import functional
 
 import robustlearn as rl
-from robustlearn.train import OBJECTIVES, fit
+from robustlearn.certify.bounds import interval_bounds
+from robustlearn.certify.relax import Region
+from robustlearn.models.trace import trace
+from robustlearn.train import OBJECTIVES, fit, interval_init_
 
 NAMES = ("ibp", "crown_ibp", "mtl_ibp")
 THREAT = rl.LpBall(math.inf, 0.05, lower=0.0, upper=1.0)
@@ -43,6 +46,20 @@ def test_weights_feel_the_bound(played, name):
         flat[0] += step
         expected = (above - below) / (2 * step)
         assert parameter.grad.flatten()[0].item() == pytest.approx(expected, rel=1e-4, abs=1e-8)
+
+
+def test_intervals_keep_their_width_at_the_start():
+    def grown(net):
+        x = torch.rand(20, 1, 12, 12, generator=torch.Generator().manual_seed(0))
+        spans = interval_bounds(trace(net, x[:1]), Region(x.double(), THREAT)).values()
+        widths = [float((high - low).mean().detach()) for low, high in spans]
+        return widths[-1] / widths[0]
+
+    torch.manual_seed(0)
+    deep = [layer for _ in range(4) for layer in (nn.Linear(200, 200), nn.ReLU())]
+    net = nn.Sequential(nn.Conv2d(1, 8, 8), nn.ReLU(), nn.Flatten(), *deep, nn.Linear(200, 10))
+    assert grown(net) > 10
+    assert 0.5 < grown(interval_init_(net)) < 2
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,6 +1,6 @@
 """Training networks for the worst case."""
 
-from robustlearn.train import certified as _certified  # noqa: F401  files its objectives
+from robustlearn.train.certified import interval_init_
 from robustlearn.train.objectives import OBJECTIVES, Criterion, Outcome
 from robustlearn.train.training import TrainingResult, fit
 from robustlearn.train.validation import Standing, validate
@@ -12,5 +12,6 @@ __all__ = [
     "Standing",
     "TrainingResult",
     "fit",
+    "interval_init_",
     "validate",
 ]
