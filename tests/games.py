@@ -31,8 +31,9 @@ def samples(n=N):
 
 
 def network(*, norm=False, dropout=0.0):
+    """Return a network whose weights differ from process to process, as unseeded ones do."""
     with torch.random.fork_rng([], device_type="cpu"):
-        torch.manual_seed(3)
+        torch.manual_seed(3 + int(os.environ.get("RANK", "0")))
         middle = [nn.BatchNorm1d(8)] if norm else []
         return nn.Sequential(
             nn.Linear(D, 8), *middle, nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, CLASSES)
@@ -165,6 +166,7 @@ def ranks(folder):
         history, weights = train(game=Noisy(), timeout=60, **options)
         found[case] = {"weights": weights, "rows": plain(history)}
         found[case] |= {"best": history.best, "stopped": history.stopped}
+        found[case]["kept"] = history.weights["model"]
     found["duel"], found["perturbed"] = duel(), robust(awp=0.3)
     history, found["whole"] = train(game=Noisy(**DEEP))
     found["whole rows"] = plain(history)
@@ -200,6 +202,7 @@ def parts(folder):
         history, weights = train(game=Noisy(), timeout=60, shard=True, **options)
         found[case] = {"weights": weights, "rows": plain(history)}
         found[case] |= {"best": history.best, "stopped": history.stopped}
+        found[case]["kept"] = history.weights["model"]
     game = Measured(**DEEP)
     _, found["whole"] = train(game=game, shard=True)
     found["held"] = game.held

@@ -47,6 +47,8 @@ def check_equal_to_one(parts, case):
     for part in parts:
         for name, value in expected.items():
             torch.testing.assert_close(part["weights"][name], value, rtol=1e-4, atol=1e-5)
+            kept = history.weights["model"][name]  # of the running mean
+            torch.testing.assert_close(part["kept"][name], kept, rtol=1e-4, atol=1e-5)
         assert part["rows"] == parts[0]["rows"]
         assert (part["best"], part["stopped"]) == (history.best, history.stopped)
     for row, one in zip(parts[0]["rows"], plain(history), strict=True):

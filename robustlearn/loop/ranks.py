@@ -87,10 +87,13 @@ class Ranks:
             return module
         return self.accelerator.prepare_model(module)
 
+    def align(self, module: nn.Module) -> None:
+        """Give a module the weights and buffers that the first process holds."""
+        for value in (*module.parameters(), *module.buffers()) if self.world > 1 else ():
+            value.data.copy_(broadcast(value.data.contiguous()))
+
     def in_parts(self, module: nn.Module) -> nn.Module:
-        """Return a copy of which each process holds a part, made of the first one's weights."""
-        for value in (*module.parameters(), *module.buffers()):
-            value.data.copy_(broadcast(value.data))
+        """Return a copy of which each process holds a part."""
         return sharded.in_parts(module, self.world)
 
     @contextlib.contextmanager
