@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.tracking import GeneralTracker
 from torch import nn
 from torch.nn import functional as F
 
@@ -38,6 +39,26 @@ def network(*, norm=False, dropout=0.0):
         return nn.Sequential(
             nn.Linear(D, 8), *middle, nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, CLASSES)
         )
+
+
+class Listener(GeneralTracker):
+    """A tracker that notes what it hears."""
+
+    name, requires_logging_directory, main_process_only = "listener", False, True
+    tracker, ended = None, False
+
+    def __init__(self):
+        super().__init__()
+        self.heard = []
+
+    def store_init_configuration(self, values):
+        self.asked = values
+
+    def log(self, values, step=None, **_):
+        self.heard.append((step, values))
+
+    def finish(self):
+        self.ended = True
 
 
 class Noisy:

@@ -831,27 +831,14 @@ def test_on_another_device_weights_are_those_of_the_cpu(tmp_path):
 
 
 def test_trackers_hear_every_epoch():
-    from accelerate.tracking import GeneralTracker
-
-    class Listener(GeneralTracker):
-        name, requires_logging_directory, main_process_only = "listener", False, True
-        tracker, heard, ended = None, [], False
-
-        def store_init_configuration(self, values):
-            self.asked = values
-
-        def log(self, values, step=None, **_):
-            self.heard.append((step, values))
-
-        def finish(self):
-            type(self).ended = True
-
-    listener = Listener()
-    history, _ = train(trackers=[listener])
-    assert listener.asked["epochs"] == 3
+    listener = games.Listener()
+    settings = {"threat": "small", "ramp": 0.5, "epochs": 99}
+    history, _ = train(trackers=[listener], settings=settings)
+    expected = {"epochs": 3, "seed": 5, "threat": "small", "ramp": 0.5}
+    assert {name: listener.asked[name] for name in expected} == expected
     assert [step for step, _ in listener.heard] == [0, 1, 2]
     assert listener.heard[2][1]["metrics/loss"] == history.rows[2]["metrics"]["loss"]
-    assert Listener.ended
+    assert listener.ended
 
 
 @pytest.mark.parametrize("name", ["play", "randomness", "samples", "schedules"])

@@ -23,6 +23,7 @@ from robustlearn.loop.sides import Side
 from robustlearn.loop.turn import Game, Guard, Turn
 
 Validate = Callable[[dict[str, nn.Module]], Mapping[str, float]]
+Conclude = Callable[[History], Mapping[str, float]]
 FP16_SCALE = 2.0**16  # torch.amp starts with it
 
 
@@ -52,6 +53,7 @@ def play(
     trackers: Sequence[Any] = (),
     progress: Callable[[Moment], None] | None = None,
     settings: Mapping[str, Any] | None = None,
+    conclude: Conclude | None = None,
     timeout: float = 600.0,
 ) -> History:
     """Play ``epochs`` × steps turns of a game, and keep the best weights.
@@ -97,6 +99,8 @@ def play(
     trackers : names (``tensorboard``, ``mlflow``, ``wandb``) or trackers of Accelerate.
     progress : called in the first process after each step.
     settings : what else must be equal on resume, as plain values.
+    conclude : called in every process once training is over, with what is returned; the figures
+        that it gives are told to the trackers.
     timeout : seconds after which a process that hears nothing of the others gives up.
 
     Raises
@@ -144,7 +148,10 @@ def play(
     with randomness.kept(ranks.device), ranks.tracked(asked):
         run = _Run(game, drawn, options, ranks, record, save_every, validate, progress)
         run.begin(resume)
-        return run.play()
+        history = run.play()
+        if conclude is not None:
+            ranks.conclude(conclude(history), len(history.rows))
+        return history
 
 
 class _Run:

@@ -153,9 +153,13 @@ class Ranks:
 
     @contextlib.contextmanager
     def tracked(self, config: Mapping[str, Any]) -> Iterator[None]:
-        """Open the trackers and tell them the settings that are numbers or words; then close."""
+        """Open the trackers and tell them what of a run are numbers or words; then close.
+
+        The ``settings`` of the one who called the loop stand beside those of the loop itself.
+        """
         kinds = bool | int | float | str
-        simple = {name: value for name, value in config.items() if isinstance(value, kinds)}
+        whole = {**config.get("settings", {}), **config}
+        simple = {name: value for name, value in whole.items() if isinstance(value, kinds)}
         self.accelerator.init_trackers("robustlearn", simple)
         try:
             yield
@@ -169,6 +173,11 @@ class Ranks:
         for group in ("metrics", "validation"):
             figures |= {f"{group}/{name}": value for name, value in row[group].items()}
         self.accelerator.log(figures, step=row["epoch"])
+
+    def conclude(self, figures: Mapping[str, float], epochs: int) -> None:
+        """Tell the trackers what training was worth in the end."""
+        final = {f"final/{name}": value for name, value in figures.items()}
+        self.accelerator.log(final, step=epochs)
 
     def wait(self) -> None:
         """Wait for the others."""
