@@ -314,12 +314,13 @@ FAKED = {
     "batch norm, average, memory": {},
     "accumulated and clipped": {"accumulate": 2, "clip": 0.1},
     "bf16": {"precision": "bf16"},
+    "pinned": {"pin_memory": True},
 }
 
 
 def faked(folder):
     """Train on the CPU and on a stand-in for an accelerator, resumed half-way; tell the results."""
-    from fake_device import NAME, fake_device
+    from fake_device import LATE, NAME, fake_device
 
     found = {}
     for case, options in FAKED.items():
@@ -331,13 +332,14 @@ def faked(folder):
     with fake_device():
         for case, options in FAKED.items():
             out = folder / case
+            LATE.clear()
             with contextlib.suppress(KeyboardInterrupt):
                 train(out, game=Stopping(**DEEP), save_every=0.0, **options)
             game = Noisy(**DEEP)
             history, weights = train(out, game=game, resume=True, **options)
             assert {value.device.type for value in weights.values()} == {NAME}
             found[case, "there"] = {name: value.cpu() for name, value in weights.items()}
-            found[case, "there rows"] = plain(history)
+            found[case, "there rows"], found[case, "late"] = plain(history), len(LATE)
     torch.save(found, folder / "found")
 
 

@@ -825,6 +825,8 @@ def test_on_another_device_weights_are_those_of_the_cpu(tmp_path):
     for case in games.FAKED:
         assert equal(found[case, "there"], found[case, "cpu"]), case
         assert found[case, "there rows"] == found[case, "cpu rows"]
+        batches = 16 if case == "pinned" else 0  # 15, one of them begun again after the stop
+        assert found[case, "late"] == 2 * batches, case
 
 
 # ------------------------------------------------------------------ trackers
