@@ -3,8 +3,8 @@
 Every operation checks devices as an accelerator does, computes on the CPU, and wraps the result.
 So ``.item()`` and early exits work, while a mix of devices, a CPU generator for a tensor on the
 device, and ``.numpy()`` raise as they would there. Copies that do not wait, from pinned memory,
-arrive when they are first asked for: what is done to their source before is seen. It cannot be undone in a process that has
-imported this module. Written for the private hooks of torch 2.13.
+arrive when they are first asked for: what is done to their source before is seen. It cannot be
+undone in a process that has imported this module. Written for the private hooks of torch 2.13.
 """
 
 import contextlib

@@ -30,6 +30,7 @@ def found(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     done = launch(request.param, "ranks", folder)
     assert done.returncode == 0, done.stderr
+    assert "FutureWarning" not in done.stderr
     return [torch.load(folder / f"rank{rank}") for rank in range(request.param)], folder / "run"
 
 

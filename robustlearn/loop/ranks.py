@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -85,7 +86,9 @@ class Ranks:
         """Return a module whose gradients are averaged over the processes."""
         if self.world == 1 or self.sharded:  # a module that is held in parts does so itself
             return module
-        return self.accelerator.prepare_model(module)
+        with warnings.catch_warnings():  # its new name is not known to Accelerate
+            warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+            return self.accelerator.prepare_model(module)
 
     def align(self, module: nn.Module) -> None:
         """Give a module the weights and buffers that the first process holds."""

@@ -137,7 +137,9 @@ def fit(
         perturbations are kept, and with two steps of 1.25ε where they are not.
     validation : (x, y) to choose the best epoch on; or the share of ``train`` to hold
         out, at most 2,000 samples; or None. Without ``test`` one half of the share chooses the
-        epoch, and the report is about the other.
+        epoch, and the report is about the other. Of a ``Dataset`` that changes its samples at
+        random the share is held out as it is drawn once, changed: give such data a pair of
+        unchanged ones.
     test : (x, y) for the report, which the choice of the epoch does not look at. Without it, and
         with a pair for ``validation``, the report is about that pair, and says so: it is biased
         upwards by the choice.
