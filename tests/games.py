@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import random
 import signal
@@ -260,8 +261,20 @@ class Unwrapped(Noisy):
         return {}
 
 
+def spoiled(folder):
+    """Train on data of which one sample is NaN, until that stops all processes."""
+    x, y = samples()
+    x[5] = math.nan
+    given = {"batch_size": 8, "accumulate": 2, "on_nonfinite": "stop", "timeout": 30}
+    play(Noisy(), (x, y), epochs=1, out=folder, **given)
+
+
 def failing(folder):
-    """Note what is said of gradients that were not exchanged; then train until one process dies."""
+    """Note what is said of gradients that were not exchanged or are NaN; then one process dies."""
+    try:
+        spoiled(folder / "spoiled")
+    except InputError as error:
+        (folder / f"spoiled{os.environ['RANK']}").write_text(str(error))
     try:
         train(game=Unwrapped(), timeout=30)
     except InputError as error:

@@ -9,6 +9,9 @@ import games
 import pytest
 import torch
 from games import Noisy, plain, train
+from safetensors.torch import load_file
+
+from robustlearn.loop import Samples
 
 
 def free_port():
@@ -117,3 +120,15 @@ def test_one_that_fails_ends_the_others_with_its_error(tmp_path):
     for rank in range(2):
         said = (tmp_path / f"rank{rank}").read_text()
         assert "hold different gradients of 'model'" in said
+    check_blamed(tmp_path)
+
+
+def check_blamed(folder):
+    """Both processes name the step, and keep their parts of the one batch with the bad sample."""
+    batches = Samples(games.samples()).batches(0, 0, 8)
+    step, batch = next((k, b.tolist()) for k, b in enumerate(batches) if 5 in b)
+    kept = []
+    for rank in range(2):
+        assert f"not finite at step {step} (" in (folder / f"spoiled{rank}").read_text()
+        kept += load_file(folder / "spoiled" / f"nonfinite-{rank}.safetensors")["index"].tolist()
+    assert sorted(kept) == sorted(batch)

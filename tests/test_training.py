@@ -419,6 +419,8 @@ def test_trackers_hear_what_was_asked_and_the_bracket(few):
     bounds = ("clean", "attacked", "certified")
     final = {f"final/{name}": getattr(result.report, name).value for name in bounds}
     assert listener.heard[-1] == (2, final)
+    fit(network(), few, BALL, trackers=[listener], epochs=1, attacks=None)
+    assert listener.heard[-1][0] == 0  # no figures, no row
 
 
 def test_progress_is_told_from_python_too(few, capsys):

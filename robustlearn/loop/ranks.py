@@ -179,8 +179,9 @@ class Ranks:
 
     def conclude(self, figures: Mapping[str, float], epochs: int) -> None:
         """Tell the trackers what training was worth in the end."""
-        final = {f"final/{name}": value for name, value in figures.items()}
-        self.accelerator.log(final, step=epochs)
+        if figures:
+            final = {f"final/{name}": value for name, value in figures.items()}
+            self.accelerator.log(final, step=epochs)
 
     def wait(self) -> None:
         """Wait for the others."""
