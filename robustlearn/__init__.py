@@ -5,6 +5,7 @@ does not wait for torch.
 """
 
 import importlib
+import random
 import sys
 import types
 from typing import TYPE_CHECKING, Any
@@ -67,12 +68,16 @@ _MODULES = (
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        value = getattr(importlib.import_module(f"robustlearn.{_HOME[name]}"), name)
-    elif name in _MODULES:
-        value = importlib.import_module(f"robustlearn.{name}")
-    else:
-        raise AttributeError(f"module 'robustlearn' has no attribute {name!r}")
+    drawn = random.getstate()  # libraries draw from it as they are imported
+    try:
+        if name in _HOME:
+            value = getattr(importlib.import_module(f"robustlearn.{_HOME[name]}"), name)
+        elif name in _MODULES:
+            value = importlib.import_module(f"robustlearn.{name}")
+        else:
+            raise AttributeError(f"module 'robustlearn' has no attribute {name!r}")
+    finally:
+        random.setstate(drawn)
     globals()[name] = value
     return value
 

@@ -2,8 +2,9 @@
 
 Every operation checks devices as an accelerator does, computes on the CPU, and wraps the result.
 So ``.item()`` and early exits work, while a mix of devices, a CPU generator for a tensor on the
-device, and ``.numpy()`` raise as they would there. It cannot be undone in a process that has
-imported this module. Written for the private hooks of torch 2.13.
+device, and ``.numpy()`` raise as they would there. Copies that do not wait, from pinned memory,
+arrive when they are first asked for: what is done to their source before is seen. It cannot be
+undone in a process that has imported this module. Written for the private hooks of torch 2.13.
 """
 
 import contextlib
@@ -18,6 +19,7 @@ from torch.utils.backend_registration import (
 
 NAME = "stand_in"
 aten = torch.ops.aten
+LATE = []  # shapes of what was copied without waiting
 MOVES = {aten._to_copy.default, aten.copy_.default}
 INDEXED = {
     aten.index.Tensor,
@@ -64,8 +66,14 @@ class Elsewhere(torch.Tensor):
             layout=held.layout,
             device=DEVICE,
         )
-        made.held = held
+        made._held, made._arrives = held, None
         return made
+
+    @property
+    def held(self):
+        if self._arrives is not None:
+            self._held, self._arrives = self._arrives(), None
+        return self._held
 
     def __repr__(self):
         return f"Elsewhere({self.held})"
@@ -112,12 +120,33 @@ def _run(function, args, kwargs):
         ends_there = _there(args[0])
     if asked is not None:
         kwargs = {**kwargs, "device": torch.device("cpu") if _named(asked) else asked}
+    if function is aten._pin_memory.default:
+        return _pinned(args[0])
+    if function is aten.is_pinned.default:
+        return hasattr(args[0], "pinned")
     inside = tree_map(lambda t: t.held if _there(t) else t, (args, kwargs))
     result = function(*inside[0], **inside[1])
+    if _late(function, args, kwargs) and ends_there:
+        LATE.append(tuple(result.shape))
+        found = Elsewhere(result)
+        found._arrives = lambda: function(*inside[0], **inside[1])
+        return found
     if function is aten._local_scalar_dense.default:
         return result
     present = {id(t.held): t for t in tensors if _there(t)}  # operations in place return them
     return tree_map(lambda out: _wrap(out, present, ends_there), result)
+
+
+def _pinned(tensor):
+    made = tensor.clone()
+    made.pinned = True
+    return made
+
+
+def _late(function, args, kwargs):
+    """Whether a copy goes on while the program does: it was asked to, and its source is pinned."""
+    asked = function is aten._to_copy.default and kwargs.get("non_blocking")
+    return bool(asked) and hasattr(args[0], "pinned")
 
 
 def _wrap(out, present, ends_there):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import random
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.tracking import GeneralTracker
 from torch import nn
 from torch.nn import functional as F
 
@@ -31,12 +33,33 @@ def samples(n=N):
 
 
 def network(*, norm=False, dropout=0.0):
+    """Return a network whose weights differ from process to process, as unseeded ones do."""
     with torch.random.fork_rng([], device_type="cpu"):
-        torch.manual_seed(3)
+        torch.manual_seed(3 + int(os.environ.get("RANK", "0")))
         middle = [nn.BatchNorm1d(8)] if norm else []
         return nn.Sequential(
             nn.Linear(D, 8), *middle, nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, CLASSES)
         )
+
+
+class Listener(GeneralTracker):
+    """A tracker that notes what it hears."""
+
+    name, requires_logging_directory, main_process_only = "listener", False, True
+    tracker, ended = None, False
+
+    def __init__(self):
+        super().__init__()
+        self.heard = []
+
+    def store_init_configuration(self, values):
+        self.asked = values
+
+    def log(self, values, step=None, **_):
+        self.heard.append((step, values))
+
+    def finish(self):
+        self.ended = True
 
 
 class Noisy:
@@ -165,6 +188,7 @@ def ranks(folder):
         history, weights = train(game=Noisy(), timeout=60, **options)
         found[case] = {"weights": weights, "rows": plain(history)}
         found[case] |= {"best": history.best, "stopped": history.stopped}
+        found[case]["kept"] = history.weights["model"]
     found["duel"], found["perturbed"] = duel(), robust(awp=0.3)
     history, found["whole"] = train(game=Noisy(**DEEP))
     found["whole rows"] = plain(history)
@@ -200,6 +224,7 @@ def parts(folder):
         history, weights = train(game=Noisy(), timeout=60, shard=True, **options)
         found[case] = {"weights": weights, "rows": plain(history)}
         found[case] |= {"best": history.best, "stopped": history.stopped}
+        found[case]["kept"] = history.weights["model"]
     game = Measured(**DEEP)
     _, found["whole"] = train(game=game, shard=True)
     found["held"] = game.held
@@ -236,8 +261,20 @@ class Unwrapped(Noisy):
         return {}
 
 
+def spoiled(folder):
+    """Train on data of which one sample is NaN, until that stops all processes."""
+    x, y = samples()
+    x[5] = math.nan
+    given = {"batch_size": 8, "accumulate": 2, "on_nonfinite": "stop", "timeout": 30}
+    play(Noisy(), (x, y), epochs=1, out=folder, **given)
+
+
 def failing(folder):
-    """Note what is said of gradients that were not exchanged; then train until one process dies."""
+    """Note what is said of gradients that were not exchanged or are NaN; then one process dies."""
+    try:
+        spoiled(folder / "spoiled")
+    except InputError as error:
+        (folder / f"spoiled{os.environ['RANK']}").write_text(str(error))
     try:
         train(game=Unwrapped(), timeout=30)
     except InputError as error:
@@ -290,12 +327,13 @@ FAKED = {
     "batch norm, average, memory": {},
     "accumulated and clipped": {"accumulate": 2, "clip": 0.1},
     "bf16": {"precision": "bf16"},
+    "pinned": {"pin_memory": True},
 }
 
 
 def faked(folder):
     """Train on the CPU and on a stand-in for an accelerator, resumed half-way; tell the results."""
-    from fake_device import NAME, fake_device
+    from fake_device import LATE, NAME, fake_device
 
     found = {}
     for case, options in FAKED.items():
@@ -307,13 +345,14 @@ def faked(folder):
     with fake_device():
         for case, options in FAKED.items():
             out = folder / case
+            LATE.clear()
             with contextlib.suppress(KeyboardInterrupt):
                 train(out, game=Stopping(**DEEP), save_every=0.0, **options)
             game = Noisy(**DEEP)
             history, weights = train(out, game=game, resume=True, **options)
             assert {value.device.type for value in weights.values()} == {NAME}
             found[case, "there"] = {name: value.cpu() for name, value in weights.items()}
-            found[case, "there rows"] = plain(history)
+            found[case, "there rows"], found[case, "late"] = plain(history), len(LATE)
     torch.save(found, folder / "found")
 
 

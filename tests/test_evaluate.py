@@ -117,6 +117,17 @@ def test_a_network_from_above(network, held_out, untouched):
     assert all(s.distance <= 0.1 for s in report.samples if s.broken_by)
 
 
+def test_the_first_evaluation_of_a_process_draws_no_random_number_either():
+    """Libraries draw as they are imported."""
+    code = (
+        "import random, torch, robustlearn as rl; before = random.getstate();"
+        "rl.evaluate(torch.nn.Linear(2, 2), torch.rand(4, 2), torch.arange(4) % 2,"
+        " rl.LpBall(2, 0.1), attacks='fgsm'); assert random.getstate() == before"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 def test_results_do_not_depend_on_batches_or_company(network, held_out):
     threat = rl.LpBall(math.inf, 0.05, **BOX)
     given = {"attacks": ["fgsm", ("pgd", {"steps": 10})], "seed": 5}

@@ -676,6 +676,14 @@ def test_a_batch_with_nan_does_not_stay_in_batch_norm():
     assert all(value.isfinite().all() for value in history.weights["model"].values())
 
 
+@pytest.mark.parametrize("precision", ["float32", "fp16"])
+def test_losses_that_are_not_finite_halve_the_rate(precision):
+    """And leave the scale of fp16 losses alone, which no smaller scale would mend."""
+    game = Plain(spoil(1))
+    play(game, samples(), epochs=1, batch_size=8, on_nonfinite="halve", precision=precision)
+    assert game.rates == pytest.approx([0.1, 0.1, 0.05, 0.05, 0.05])
+
+
 def test_halve_is_remembered(tmp_path):
     spoiled = Plain(spoil(1, 3))
     with pytest.raises(Fall):
@@ -703,18 +711,41 @@ def test_halve_is_remembered(tmp_path):
     assert set(again.rates) == {0.025}
 
 
-def test_stop_saves_the_batch(tmp_path):
+def steep(number):
+    """Make the losses of one step finite with an infinite slope."""
+
+    def change(losses, turn):
+        return (0 * losses).sqrt() if turn.number == number else losses
+
+    return change
+
+
+@pytest.mark.parametrize("precision", ["float32", "fp16"])
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_stop_saves_the_batch(tmp_path, accumulate, precision):
     game = Plain(spoil(2))
-    with pytest.raises(InputError, match=r"at step 2 \(its batch is in .*nonfinite-0"):
-        play(game, samples(), epochs=1, batch_size=8, on_nonfinite="stop", out=tmp_path)
+    given = {"accumulate": accumulate, "precision": precision}
+    with pytest.raises(InputError, match=r"losses .* at step 2 \(its batch is in .*nonfinite-0"):
+        play(game, samples(), epochs=1, batch_size=8, on_nonfinite="stop", out=tmp_path, **given)
     kept = load_file(tmp_path / "nonfinite-0.safetensors")
     assert kept["index"].tolist() == game.seen[2]
     assert torch.equal(kept["x"], samples()[0][kept["index"]])
 
 
-def test_an_epoch_without_a_finite_update_ends_the_run():
+def test_stop_saves_all_batches_that_may_be_to_blame(tmp_path):
+    game = Plain(steep(1))
+    given = {"accumulate": 3, "on_nonfinite": "stop", "out": tmp_path}
+    with pytest.raises(InputError, match=r"gradient of 'model' .* steps 0, 1, 2 \(their batches"):
+        play(game, samples(), epochs=1, batch_size=8, **given)
+    kept = load_file(tmp_path / "nonfinite-0.safetensors")
+    assert kept["index"].tolist() == list(itertools.chain(*game.seen[:3]))
+
+
+@pytest.mark.parametrize("precision", ["float32", "fp16"])
+def test_an_epoch_without_a_finite_update_ends_the_run(precision):
+    given = {"epochs": 3, "batch_size": 8, "precision": precision}
     with pytest.raises(InputError, match=r"no gradient of epoch 0 was finite \(5 updates"):
-        play(Plain(lambda losses, turn: losses * math.nan), samples(), epochs=3, batch_size=8)
+        play(Plain(lambda losses, turn: losses * math.nan), samples(), **given)
 
 
 class Failing(Dataset):
@@ -794,33 +825,22 @@ def test_on_another_device_weights_are_those_of_the_cpu(tmp_path):
     for case in games.FAKED:
         assert equal(found[case, "there"], found[case, "cpu"]), case
         assert found[case, "there rows"] == found[case, "cpu rows"]
+        batches = 16 if case == "pinned" else 0  # 15, one of them begun again after the stop
+        assert found[case, "late"] == 2 * batches, case
 
 
 # ------------------------------------------------------------------ trackers
 
 
 def test_trackers_hear_every_epoch():
-    from accelerate.tracking import GeneralTracker
-
-    class Listener(GeneralTracker):
-        name, requires_logging_directory, main_process_only = "listener", False, True
-        tracker, heard, ended = None, [], False
-
-        def store_init_configuration(self, values):
-            self.asked = values
-
-        def log(self, values, step=None, **_):
-            self.heard.append((step, values))
-
-        def finish(self):
-            type(self).ended = True
-
-    listener = Listener()
-    history, _ = train(trackers=[listener])
-    assert listener.asked["epochs"] == 3
+    listener = games.Listener()
+    settings = {"threat": "small", "ramp": 0.5, "epochs": 99}
+    history, _ = train(trackers=[listener], settings=settings)
+    expected = {"epochs": 3, "seed": 5, "threat": "small", "ramp": 0.5}
+    assert {name: listener.asked[name] for name in expected} == expected
     assert [step for step, _ in listener.heard] == [0, 1, 2]
     assert listener.heard[2][1]["metrics/loss"] == history.rows[2]["metrics"]["loss"]
-    assert Listener.ended
+    assert listener.ended
 
 
 @pytest.mark.parametrize("name", ["play", "randomness", "samples", "schedules"])

@@ -9,6 +9,9 @@ import games
 import pytest
 import torch
 from games import Noisy, plain, train
+from safetensors.torch import load_file
+
+from robustlearn.loop import Samples
 
 
 def free_port():
@@ -30,6 +33,7 @@ def found(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     done = launch(request.param, "ranks", folder)
     assert done.returncode == 0, done.stderr
+    assert "FutureWarning" not in done.stderr
     return [torch.load(folder / f"rank{rank}") for rank in range(request.param)], folder / "run"
 
 
@@ -47,6 +51,8 @@ def check_equal_to_one(parts, case):
     for part in parts:
         for name, value in expected.items():
             torch.testing.assert_close(part["weights"][name], value, rtol=1e-4, atol=1e-5)
+            kept = history.weights["model"][name]  # of the running mean
+            torch.testing.assert_close(part["kept"][name], kept, rtol=1e-4, atol=1e-5)
         assert part["rows"] == parts[0]["rows"]
         assert (part["best"], part["stopped"]) == (history.best, history.stopped)
     for row, one in zip(parts[0]["rows"], plain(history), strict=True):
@@ -114,3 +120,15 @@ def test_one_that_fails_ends_the_others_with_its_error(tmp_path):
     for rank in range(2):
         said = (tmp_path / f"rank{rank}").read_text()
         assert "hold different gradients of 'model'" in said
+    check_blamed(tmp_path)
+
+
+def check_blamed(folder):
+    """Both processes name the step, and keep their parts of the one batch with the bad sample."""
+    batches = Samples(games.samples()).batches(0, 0, 8)
+    step, batch = next((k, b.tolist()) for k, b in enumerate(batches) if 5 in b)
+    kept = []
+    for rank in range(2):
+        assert f"not finite at step {step} (" in (folder / f"spoiled{rank}").read_text()
+        kept += load_file(folder / "spoiled" / f"nonfinite-{rank}.safetensors")["index"].tolist()
+    assert sorted(kept) == sorted(batch)

@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from games import Listener
 from safetensors.torch import load_file
 from sklearn.datasets import load_diabetes, load_digits
 from torch import nn
@@ -378,11 +379,48 @@ def test_the_command_writes_weights_and_reports(module, tmp_path, capsys):
     told = json.loads((out / "training.json").read_text())
     assert told["schema"] == "robustlearn-training/1"
     assert [row["epoch"] for row in told["rows"]] == [0, 1]
-    assert "<svg" in (out / "training.html").read_text()
+    page = (out / "training.html").read_text()
+    assert "<svg" in page
     assert (out / "report.html").is_file()
+    whole = json.loads((out / "report.json").read_text())["evaluations"][0]
+    for name in ("data", "task", "clean", "attacked", "certified"):
+        assert told["evaluated"][name] == whole[name]
+    assert told["gradients"] == 4  # 2 epochs with one step and one update
+    assert "4 gradients a sample" in page
+    for name in ("clean", "attacked", "certified"):
+        assert f"{name} {whole[name]['value']:.1%} ({100 * whole[name]['low']:.1f}–" in page
     assert run(command(module, out)) == 2
     assert "holds a run already" in capsys.readouterr().err
     assert run(command(module, out, "--attacks", "none", "--resume")) == 0
+
+
+@pytest.mark.parametrize(
+    ("objective", "options", "gradients"),
+    [
+        ("standard", {}, 1),
+        ("free", {}, 4),
+        ("free:replays=2", {}, 2),
+        ("trades:steps=3", {}, 5),  # three steps, then x and the point
+        ("pgd_at:steps=2", {"awp": 0.01, "ramp": 0.0}, 4),
+    ],
+)
+def test_the_gradients_of_a_sample_are_counted(few, objective, options, gradients):
+    result = fit(network(), few, BALL, objective=objective, validation=None, **options, **QUICK)
+    assert [row["metrics"]["gradients"] for row in result.history.rows] == [gradients]
+    assert result.document()["gradients"] == gradients
+
+
+def test_trackers_hear_what_was_asked_and_the_bracket(few):
+    listener = Listener()
+    result = fit(network(), few, BALL, trackers=[listener], epochs=2, attacks="quick")
+    asked = {"objective": result.settings["objective"], "lr": 1e-3, "ramp": 0.5}
+    assert {name: listener.asked[name] for name in asked} == asked
+    assert "0.15" in listener.asked["threat"]
+    bounds = ("clean", "attacked", "certified")
+    final = {f"final/{name}": getattr(result.report, name).value for name in bounds}
+    assert listener.heard[-1] == (2, final)
+    fit(network(), few, BALL, trackers=[listener], epochs=1, attacks=None)
+    assert listener.heard[-1][0] == 0  # no figures, no row
 
 
 def test_progress_is_told_from_python_too(few, capsys):
@@ -507,9 +545,12 @@ def test_two_processes_train_as_one(module, tmp_path):
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
     evaluations = [json.loads((out / "report.json").read_text())["evaluations"][0] for out in outs]
-    assert [len(evaluation["samples"]) for evaluation in evaluations] == [20, 20]
-    first, second = (evaluation["attacked"]["value"] for evaluation in evaluations)
-    assert second == pytest.approx(first, abs=0.1)
+    samples = [evaluation["samples"] for evaluation in evaluations]
+    assert len(samples[0]) == 20
+    for first, second in zip(*samples, strict=True):
+        assert second["digest"] == first["digest"]
+        for name in ("clean_margin", "attacked_margin"):
+            assert second[name] == pytest.approx(first[name], rel=1e-3, abs=1e-4)
 
 
 def test_the_name_is_the_function():
@@ -586,6 +627,8 @@ def test_the_report_is_not_about_the_samples_that_chose_the_epoch(few, monkeypat
     assert (own.data, len(own.x), len(chose[1])) == ("test", 50, 60)
     pair = fit(network(), few, BALL, **{**given, "validation": few}).report
     assert pair.data.endswith("chose the epoch: biased upwards")
+    single = fit(network(), few, BALL, **{**given, "validation": np.float32(0.2)}).report
+    assert len(single.x) == len(halves.x)
 
 
 def test_after_a_rollback_the_restored_weights_are_told_and_kept(few, monkeypatch):

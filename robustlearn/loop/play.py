@@ -23,6 +23,7 @@ from robustlearn.loop.sides import Side
 from robustlearn.loop.turn import Game, Guard, Turn
 
 Validate = Callable[[dict[str, nn.Module]], Mapping[str, float]]
+Conclude = Callable[[History], Mapping[str, float]]
 FP16_SCALE = 2.0**16  # torch.amp starts with it
 
 
@@ -52,6 +53,7 @@ def play(
     trackers: Sequence[Any] = (),
     progress: Callable[[Moment], None] | None = None,
     settings: Mapping[str, Any] | None = None,
+    conclude: Conclude | None = None,
     timeout: float = 600.0,
 ) -> History:
     """Play ``epochs`` × steps turns of a game, and keep the best weights.
@@ -91,10 +93,14 @@ def play(
     clip : the largest Euclidean norm of a gradient.
     schedule : see `schedules.rate`.
     on_nonfinite : ``skip`` leaves an update out whose gradient is not finite; ``halve`` also halves
-        the learning rate from there on; ``stop`` ends training and saves the batch to ``out``.
+        the learning rate from there on; ``stop`` ends training and saves to ``out`` the batch whose
+        losses were not finite, or all that the gradient was the mean of. An overflow of fp16
+        gradients is none of this: it lowers the scale of the losses.
     trackers : names (``tensorboard``, ``mlflow``, ``wandb``) or trackers of Accelerate.
     progress : called in the first process after each step.
     settings : what else must be equal on resume, as plain values.
+    conclude : called in every process once training is over, with what is returned; the figures
+        that it gives are told to the trackers.
     timeout : seconds after which a process that hears nothing of the others gives up.
 
     Raises
@@ -142,7 +148,10 @@ def play(
     with randomness.kept(ranks.device), ranks.tracked(asked):
         run = _Run(game, drawn, options, ranks, record, save_every, validate, progress)
         run.begin(resume)
-        return run.play()
+        history = run.play()
+        if conclude is not None:
+            ranks.conclude(conclude(history), len(history.rows))
+        return history
 
 
 class _Run:
@@ -178,7 +187,7 @@ class _Run:
         self.frozen = {name: _frozen(module) for name, module in game.modules.items()}
         game.modules.update({name: side.module for name, side in self.sides.items()})
         scale = FP16_SCALE if options.precision == "fp16" else 1.0
-        self.guard = Guard(options.on_nonfinite, options.precision, self._keep_batch, scale=scale)
+        self.guard = Guard(options.on_nonfinite, options.precision, self._keep, scale=scale)
         self.position, self.meter = Position(), Meter()
         self.best: dict[str, dict[str, Tensor]] = {}
         self.steps = samples.steps(options.batch_size)
@@ -264,6 +273,7 @@ class _Run:
         self._count(metrics, share)
         if last:
             self.compare = False
+            self.guard.forget()
         for side in self.sides.values():
             side.settle(ranks)
 
@@ -309,7 +319,7 @@ class _Run:
     def _close(self) -> None:
         """End an epoch: validate, keep the best weights, decide whether to stop."""
         at, guard = self.position, self.guard
-        if guard.updates == 0 and guard.skipped and guard.scale <= 1:  # else fp16 is still trying
+        if guard.updates == 0 and guard.skipped and not guard.overflows:  # else fp16 still tries
             raise InputError(
                 f"no gradient of epoch {at.epoch} was finite ({guard.skipped} updates left out); "
                 "lower the learning rate, clip the gradient, or look for NaN in the data"
@@ -328,7 +338,7 @@ class _Run:
         self.ranks.log(row)
         self._tell(figures)
         at.epoch, at.step, at.seconds = at.epoch + 1, 0, 0.0
-        guard.skipped = guard.updates = 0
+        guard.skipped = guard.updates = guard.overflows = 0
         self.meter, self.started = Meter(), time.perf_counter()
         if self._out_of_patience():
             at.stopped = "patience"
@@ -393,12 +403,16 @@ class _Run:
             self.record.write(at, self.sides, self.best, self.game, first=self.ranks.first)
         self.saved = time.perf_counter()
 
-    def _keep_batch(self, batch: Batch) -> str:
-        if self.record is None:
+    def _keep(self, batches: list[Batch]) -> str:
+        """Write batches to ``out``, one after the other; return what to tell of it."""
+        if self.record is None or not batches:
             return ""
         path = self.record.folder / f"nonfinite-{self.ranks.rank}.safetensors"
-        checkpoint.export(path, {"index": batch.index, "x": batch.x, "y": batch.y})
-        return f" (its batch is in {path})"
+        columns = {
+            name: torch.cat([getattr(b, name) for b in batches]) for name in ("index", "x", "y")
+        }
+        checkpoint.export(path, columns)
+        return f" ({'its batch is' if len(batches) == 1 else 'their batches are'} in {path})"
 
 
 def _frozen(module: nn.Module) -> list[str]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -85,12 +86,17 @@ class Ranks:
         """Return a module whose gradients are averaged over the processes."""
         if self.world == 1 or self.sharded:  # a module that is held in parts does so itself
             return module
-        return self.accelerator.prepare_model(module)
+        with warnings.catch_warnings():  # its new name is not known to Accelerate
+            warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+            return self.accelerator.prepare_model(module)
+
+    def align(self, module: nn.Module) -> None:
+        """Give a module the weights and buffers that the first process holds."""
+        for value in (*module.parameters(), *module.buffers()) if self.world > 1 else ():
+            value.data.copy_(broadcast(value.data.contiguous()))
 
     def in_parts(self, module: nn.Module) -> nn.Module:
-        """Return a copy of which each process holds a part, made of the first one's weights."""
-        for value in (*module.parameters(), *module.buffers()):
-            value.data.copy_(broadcast(value.data))
+        """Return a copy of which each process holds a part."""
         return sharded.in_parts(module, self.world)
 
     @contextlib.contextmanager
@@ -150,9 +156,13 @@ class Ranks:
 
     @contextlib.contextmanager
     def tracked(self, config: Mapping[str, Any]) -> Iterator[None]:
-        """Open the trackers and tell them the settings that are numbers or words; then close."""
+        """Open the trackers and tell them what of a run are numbers or words; then close.
+
+        The ``settings`` of the one who called the loop stand beside those of the loop itself.
+        """
         kinds = bool | int | float | str
-        simple = {name: value for name, value in config.items() if isinstance(value, kinds)}
+        whole = {**config.get("settings", {}), **config}
+        simple = {name: value for name, value in whole.items() if isinstance(value, kinds)}
         self.accelerator.init_trackers("robustlearn", simple)
         try:
             yield
@@ -166,6 +176,12 @@ class Ranks:
         for group in ("metrics", "validation"):
             figures |= {f"{group}/{name}": value for name, value in row[group].items()}
         self.accelerator.log(figures, step=row["epoch"])
+
+    def conclude(self, figures: Mapping[str, float], epochs: int) -> None:
+        """Tell the trackers what training was worth in the end."""
+        if figures:
+            final = {f"final/{name}": value for name, value in figures.items()}
+            self.accelerator.log(final, step=epochs)
 
     def wait(self) -> None:
         """Wait for the others."""

@@ -57,6 +57,7 @@ class Side:
             raise InputError("modules held in parts (shard) go without compile and channels_last")
         self.name, self.given, self.optimizer = name, module, optimizer
         _move(module, optimizer, ranks.device, layout(channels_last, 4))
+        ranks.align(module)  # before its average is made of it
         wanted = ema is not None and optimizer is not None
         self.average = Average(module, ema) if wanted and ema is not None else None
         if ranks.sharded and optimizer is not None:

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -18,7 +18,7 @@ from robustlearn.loop.sides import Side
 
 DTYPES = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 ON_NONFINITE = ("skip", "halve", "stop")
-COUNTS = ("rate", "skipped", "updates", "scale", "finite")
+COUNTS = ("rate", "skipped", "updates", "scale", "finite", "overflows")
 GROWTH = 2000  # finite updates before the scale of fp16 losses is doubled, as torch.amp does
 
 
@@ -47,16 +47,23 @@ class Remembering(Protocol):
 
 @dataclass
 class Guard:
-    """What is done when a gradient is not finite, and the scale of fp16 losses."""
+    """What is done when a gradient is not finite, and the scale of fp16 losses.
+
+    Finite losses of a gradient that is not were scaled up too far, where they were scaled at all:
+    the scale is halved. Losses that are not finite are the fault of their batch.
+    """
 
     on_nonfinite: str
     precision: str
-    keep: Callable[[Batch], str]
+    keep: Callable[[list[Batch]], str]
     rate: float = 1.0
     skipped: int = 0
     updates: int = 0
     scale: float = 1.0
     finite: int = 0
+    overflows: int = 0
+    group: list[tuple[int, Tensor]] = field(default_factory=list)
+    batches: dict[int, Batch] = field(default_factory=dict)
 
     def state(self) -> dict[str, float]:
         """Return what must be known to go on."""
@@ -74,19 +81,44 @@ class Guard:
         if self.precision == "fp16" and self.finite % GROWTH == 0:
             self.scale *= 2
 
-    def refuse(self, name: str, batch: Batch, number: int) -> None:
+    def look(self, number: int, batch: Batch, losses: Tensor) -> None:
+        """Note whether the losses of a step are finite, without waiting for the device."""
+        self.group.append((number, losses.detach().isfinite().all()))
+        if self.on_nonfinite == "stop":
+            self.batches[number] = batch
+
+    def forget(self) -> None:
+        """Begin another group of steps over which gradients accumulate."""
+        self.group.clear()
+        self.batches.clear()
+
+    def refuse(self, name: str, ranks: Ranks) -> None:
         """Count an update that is left out; halve the learning rate or stop if asked to."""
         self.skipped += 1
         self.finite = 0
-        if self.scale > 1:  # fp16 losses were scaled up too far: that is no fault of the batch
+        guilty = self._guilty(ranks)
+        if self.scale > 1 and not guilty:
             self.scale /= 2
+            self.overflows += 1
         elif self.on_nonfinite == "halve":
             self.rate /= 2
         elif self.on_nonfinite == "stop":
+            what = f"the losses of {name!r} are" if guilty else f"the gradient of {name!r} is"
+            numbers = guilty or list(self.batches)
+            steps = ("step " if len(numbers) == 1 else "steps ") + ", ".join(map(str, numbers))
+            kept = self.keep([self.batches[number] for number in numbers])
             raise InputError(
-                f"the gradient of {name!r} is not finite at step {number}{self.keep(batch)}; "
-                "lower the learning rate, clip the gradient, or use on_nonfinite='skip'"
+                f"{what} not finite at {steps}{kept}; look for NaN in the data, lower the learning "
+                "rate, clip the gradient, or use on_nonfinite='skip'"
             )
+
+    def _guilty(self, ranks: Ranks) -> list[int]:
+        """Return the steps of the group whose losses were not finite in one of the processes."""
+        if not self.group:  # the game computed the gradient itself
+            return []
+        counts = ranks.sum(torch.stack([~finite for _, finite in self.group]).float()).tolist()
+        pairs = zip(self.group, counts, strict=True)
+        return list(dict.fromkeys(number for (number, _), count in pairs if count))
 
 
 @dataclass(eq=False)
@@ -152,6 +184,7 @@ class Turn:
                 f"backward takes one loss per sample, shape {tuple(self._batch.index.shape)}; got "
                 f"{tuple(losses.shape)}: leave out the mean, the loop takes it"
             )
+        self._guard.look(self.number, self._batch, losses)
         world = self._ranks.world  # gradients are averaged over processes, hence the factor
         factor = self._share * world * self._scale / self._samples
         (losses.float().sum() * factor).backward()
@@ -213,7 +246,7 @@ class Turn:
             self._check_equal(name, sharded.whole(norm))
         if not bool(sharded.whole(norm).isfinite()):
             side.decline()
-            self._guard.refuse(name, self._batch, self.number)
+            self._guard.refuse(name, self._ranks)
             return False
         if self._clip is not None:
             torch._foreach_mul_(gradients, (self._clip / (norm + 1e-6)).clamp(max=1.0))

@@ -7,6 +7,7 @@ from typing import Any
 from robustlearn.report import figures
 from robustlearn.report.files import plain, replace_file
 from robustlearn.report.page import template
+from robustlearn.report.table import figure
 
 SCHEMA = "robustlearn-training/1"
 
@@ -16,8 +17,9 @@ def write_training(document: dict[str, Any], folder: Path) -> Path:
 
     Parameters
     ----------
-    document : plain data with ``model, settings, rows, best, stopped, evaluated``; the rows are
-        those of `robustlearn.loop.History`.
+    document : plain data with ``model, settings, rows, best, stopped, gradients, evaluated``; the
+        rows are those of `robustlearn.loop.History`, ``gradients`` those of a sample over all
+        epochs, and ``evaluated`` both bounds of the report, or None.
     """
     folder.mkdir(parents=True, exist_ok=True)
     whole = plain({"schema": SCHEMA, **document})
@@ -44,9 +46,22 @@ def training_page(document: dict[str, Any]) -> str:
             t={**document, "rows": rows},
             columns=columns,
             lead=_lead(document),
+            bracket=_bracket(document["evaluated"]),
             figures=[pair for pair in drawn if pair[1] is not None],
         )
     )
+
+
+def _bracket(evaluated: dict[str, Any] | None) -> str:
+    """Return both bounds in words, each with its interval; nothing without an evaluation."""
+    if evaluated is None:
+        return ""
+    told = [
+        f"{name} {figure(found, evaluated['task'])}"
+        for name in ("clean", "attacked", "certified")
+        if (found := evaluated[name]) is not None
+    ]
+    return f"In the end, on {evaluated['data']}: {', '.join(told)}."
 
 
 def _prefixed(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +71,7 @@ def _prefixed(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
 def _lead(document: dict[str, Any]) -> str:
     rows, best = document["rows"], document["best"]
     seconds = sum(row["seconds"] for row in rows)
-    text = f"{len(rows)} epochs in {seconds:.0f} s."
+    text = f"{len(rows)} epochs in {seconds:.0f} s, {document['gradients']:.4g} gradients a sample."
     if best is None or not rows[best]["validation"]:
         return text
     found = rows[best]["validation"]

@@ -14,7 +14,7 @@ from robustlearn.loop.sharded import load
 from robustlearn.threats import LpBall
 from robustlearn.train.inner import Craft, statistics_held
 from robustlearn.train.memory import Memory
-from robustlearn.train.objectives import OBJECTIVES, Criterion, Outcome, options_of
+from robustlearn.train.objectives import OBJECTIVES, Criterion, Outcome, options_of, replays_of
 from robustlearn.train.validation import Standing
 from robustlearn.train.weights import perturbed
 
@@ -58,7 +58,12 @@ class RobustGame:
     epoch: int = 0
 
     def step(self, batch: Any, turn: Any) -> dict[str, Tensor]:
-        """Play a mini-batch; return the metrics of each sample (n,)."""
+        """Play a mini-batch; return the metrics of each sample (n,).
+
+        Among them ``gradients``, how often it went back through the network, for its weights or
+        for its points; passes of bounds are none of these.
+        """
+        returned: list[int] = []
         threat = self._threat(batch.index, turn.progress)
         self.grown, self.epoch = turn.progress >= self.ramp, turn.epoch
         craft = Craft(
@@ -67,8 +72,9 @@ class RobustGame:
             module=turn.unwrapped("model"),
             autocast=turn.autocast,
             climbing=functools.partial(turn.autocast, self.crafting),
+            returned=lambda slope: returned.append(len(slope)),
         )
-        replays = int(OBJECTIVES[self.objective].facts["replays"])
+        replays = replays_of(self.objective, self.options)
         for _ in range(replays):
             outcome = self._play(batch, threat, craft, turn)
             if replays > 1:
@@ -76,7 +82,8 @@ class RobustGame:
         if self.memory is not None:
             delta = outcome.points.detach() - batch.x
             self.memory.put(turn.gather(batch.index), turn.gather(delta))
-        return outcome.metrics
+        cost = torch.full_like(outcome.loss.detach(), sum(returned) / len(batch.x))
+        return {**outcome.metrics, "gradients": cost}
 
     def remember(self, standing: Standing) -> None:
         """Keep the figures of the best weights, and these too if they may be asked for again."""

@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -102,14 +103,14 @@ def givens(
     _check_output(net, x, output, judge)
     choosing, telling = (
         None
-        if data is None or isinstance(data, float | int)
+        if data is None or isinstance(data, Real)
         else _typed(_paired(_fetched(data, dtype), name, threat, net), judge, net)
         for name, data in (("validation", validation), ("test", test))
     )
     told = CHOSE if test is None else "test"
     if whole is not None:
         samples = Samples(_typed(whole, judge, net))
-    if isinstance(validation, float | int):
+    if isinstance(validation, Real):
         held = share("validation", float(validation))
         samples, choosing, rest = _split(samples, held, seed, halved=test is None)
         if choosing is not None:

@@ -27,6 +27,7 @@ class Craft:
         that is trained.
     autocast : makes the context in which the network computes, as for mixed precision.
     climbing : the same where points are sought, and no weights are trained; None for the same.
+    returned : called with each slope (m, *) that goes from an output back through the network.
     """
 
     keys: Tensor | int = 0
@@ -35,6 +36,7 @@ class Craft:
     module: nn.Module | None = None
     autocast: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
     climbing: Callable[[], AbstractContextManager[None]] | None = None
+    returned: Callable[[Tensor], None] | None = None
 
     def network(self, model: nn.Module) -> nn.Module:
         """Return the network to climb."""
@@ -44,6 +46,8 @@ class Craft:
         """Return the output in float32 or better."""
         with self.climbing() if climbs and self.climbing else self.autocast():
             output = model(x)
+        if self.returned is not None and output.requires_grad:
+            output.register_hook(self.returned)
         return output.float() if output.dtype in (torch.bfloat16, torch.float16) else output
 
     def begin(self, x: Tensor, threat: LpBall) -> Tensor:

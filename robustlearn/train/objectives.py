@@ -3,7 +3,7 @@
 import functools
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -127,6 +127,7 @@ OWN = {  # options of objectives
     "beta": NOT_NEGATIVE,
     "weight": NOT_NEGATIVE,
     "width": POSITIVE,
+    "replays": COUNT,
 }
 CROSS_ENTROPY, PLAIN = Criterion(), Craft()
 
@@ -173,10 +174,21 @@ def options_of(text: str) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
+def replays_of(name: str, options: Mapping[str, Any]) -> int:
+    """Return how often an objective plays each mini-batch, with its perturbations kept.
+
+    Examples
+    --------
+    >>> replays_of("free", {}), replays_of("free", {"replays": 8}), replays_of("pgd_at", {})
+    (4, 8, 1)
+    """
+    known = inspect.signature(OBJECTIVES[name].function).parameters
+    return int(options.get("replays", known["replays"].default if "replays" in known else 1))
+
+
 def objective(
     *,
     classes_only: bool = False,
-    replays: int = 1,
     climbs: bool = True,
     keeps: bool = True,
     **ranges: Range,
@@ -186,7 +198,6 @@ def objective(
     Parameters
     ----------
     classes_only : whether it is for classifiers alone.
-    replays : how often each mini-batch is played, with its perturbations kept.
     climbs : whether it takes projected steps, which are known for p = 1, 2 and ∞.
     keeps : whether an ascent can start where the sample's perturbation stood an epoch ago.
     ranges : of options that are not those in ``OWN``.
@@ -208,7 +219,6 @@ def objective(
         OBJECTIVES.register(
             function.__name__,
             classes_only=classes_only,
-            replays=replays,
             climbs=climbs,
             keeps=keeps and climbs,
             ranges={**OWN, **ranges},
@@ -352,20 +362,22 @@ def n_fgsm(
     return _told(criterion(output, y), points, output, y, criterion)
 
 
-@objective(replays=4, keeps=False)
+@objective(keeps=False)
 def free(
     model: nn.Module,
     x: Tensor,
     y: Tensor,
     threat: LpBall,
     *,
+    replays: int = 4,
     criterion: Criterion = CROSS_ENTROPY,
     craft: Craft = PLAIN,
 ) -> Outcome:
     """L(f(x + δ), y), where δ is stepped by ε along the same backward pass that trains the weights.
 
     The points are leaves that require a gradient: after the backward pass the trainer steps them
-    and plays the mini-batch again. Source: Shafahi et al. (2019), where a mini-batch takes over
+    and plays the mini-batch again, ``replays`` (m) times in all: an epoch is m updates a mini-batch
+    and m gradients a sample. Source: Shafahi et al. (2019), where a mini-batch takes over
     the δ that the one before left behind; here its δ begins at random, so that what a sample
     meets depends on none but itself.
     """

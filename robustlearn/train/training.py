@@ -20,9 +20,17 @@ from robustlearn.registry import NOT_NEGATIVE, POSITIVE, check_options
 from robustlearn.report import write_training
 from robustlearn.threats import LpBall
 from robustlearn.train.game import ROLLED_BACK_TO, RobustGame
-from robustlearn.train.givens import check_threat, fingerprint, givens, judged, network_of, share
+from robustlearn.train.givens import (
+    Givens,
+    check_threat,
+    fingerprint,
+    givens,
+    judged,
+    network_of,
+    share,
+)
 from robustlearn.train.memory import memory_of, moves_in_steps, unchanging
-from robustlearn.train.objectives import OBJECTIVES, Criterion, options_of
+from robustlearn.train.objectives import OBJECTIVES, Criterion, options_of, replays_of
 from robustlearn.train.validation import Standing, validate
 from robustlearn.train.watching import watched
 
@@ -33,6 +41,7 @@ PLAYED = {  # options of the loop that the weights depend on, and their defaults
         *("ema", "clip", "patience", "on_nonfinite"),
     )
 }
+BOUNDS = ("clean", "attacked", "certified")
 FIGURE = "robust"  # what decides which epoch is the best
 KEPT, FRESH = "pgd_at:steps=1:step_size=0.5", "pgd_at:steps=2"  # see `fit`
 CRAFTING = (None, "float32", "bf16")
@@ -57,14 +66,19 @@ class TrainingResult:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def document(self) -> dict[str, Any]:
-        """Return what training did as plain data: what is in training.json."""
+        """Return what training did as plain data: what is in training.json.
+
+        ``gradients`` is how often a sample went back through the network over all epochs, and
+        ``evaluated`` the bracket of the report: ``clean, attacked, certified`` with intervals.
+        """
         return {
             "model": type(self.model).__name__,
             "settings": self.settings,
             "rows": self.history.rows,
             "best": self.history.best,
             "stopped": self.history.stopped,
-            "evaluated": self.report is not None,
+            "gradients": sum(row["metrics"]["gradients"] for row in self.history.rows),
+            "evaluated": None if self.report is None else _bracket(self.report),
         }
 
     def save(self, folder: str | Path) -> Path:
@@ -123,7 +137,9 @@ def fit(
         perturbations are kept, and with two steps of 1.25ε where they are not.
     validation : (x, y) to choose the best epoch on; or the share of ``train`` to hold
         out, at most 2,000 samples; or None. Without ``test`` one half of the share chooses the
-        epoch, and the report is about the other.
+        epoch, and the report is about the other. Of a ``Dataset`` that changes its samples at
+        random the share is held out as it is drawn once, changed: give such data a pair of
+        unchanged ones.
     test : (x, y) for the report, which the choice of the epoch does not look at. Without it, and
         with a pair for ``validation``, the report is about that pair, and says so: it is biased
         upwards by the choice.
@@ -191,7 +207,7 @@ def fit(
         name, chosen = options_of(objective)
     kept = starts and OBJECTIVES[name].facts["keeps"]
     file = None if isinstance(memory, bool | None) else Path(memory)
-    if OBJECTIVES[name].facts["replays"] > 1 and options.get("accumulate", 1) > 1:
+    if replays_of(name, chosen) > 1 and options.get("accumulate", 1) > 1:
         raise InputError(f"{name} steps after each replay, and cannot accumulate: accumulate=1")
     game = RobustGame(
         modules={"model": net},
@@ -228,6 +244,7 @@ def fit(
         "validation": fingerprint(given.choosing),
         **{key: options.get(key, default) for key, default in PLAYED.items()},
     }
+    final = _Final(net, judge, given, threat, attacks, seed)
     with watched(epochs, progress if first() else None) as told:
         history = play(
             game,
@@ -241,19 +258,46 @@ def fit(
             out=out,
             progress=told,
             settings=settings,
+            conclude=final,
             **options,
         )
     if game.rolled_back is not None:
         settings["rolled_back"] = {"after_epoch": game.rolled_back, "to": ROLLED_BACK_TO}
-    net.load_state_dict(history.weights["model"])
-    report = None
-    if given.telling is not None and attacks is not None:
-        model, (x, y) = judged(net, judge), given.telling
-        report = evaluate(model, x, y, threat, attacks=attacks, seed=seed, data=given.told)
-    result = TrainingResult(net.eval(), history, report, settings)
+    result = TrainingResult(net.eval(), history, final.report, settings)
     if out is not None and history.first:
         result.save(out)
     return result
+
+
+@dataclass
+class _Final:
+    """Puts the best weights in place once training is over, and evaluates them."""
+
+    net: nn.Module
+    criterion: Criterion
+    given: Givens
+    threat: LpBall
+    attacks: str | None
+    seed: int
+    report: Report | None = None
+
+    def __call__(self, history: History) -> dict[str, float]:
+        """Return both bounds; nothing where there is no evaluation."""
+        self.net.load_state_dict(history.weights["model"])
+        if self.given.telling is None or self.attacks is None:
+            return {}
+        model, (x, y) = judged(self.net, self.criterion), self.given.telling
+        self.report = evaluate(
+            model, x, y, self.threat, attacks=self.attacks, seed=self.seed, data=self.given.told
+        )
+        found = _bracket(self.report)
+        return {name: found[name]["value"] for name in BOUNDS if found[name] is not None}
+
+
+def _bracket(report: Report) -> dict[str, Any]:
+    """Return the two-sided figure of an evaluation, and what it is about, as plain data."""
+    whole = report.to_dict()
+    return {name: whole[name] for name in ("data", "task", *BOUNDS)}
 
 
 class _Watch:

@@ -53,4 +53,5 @@ def _line(moment: Moment) -> None:
 
 
 def _told(figures: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:.3g}" for name, value in figures.items())
+    """Return figures as text, without the cost, which is the same in every step."""
+    return ", ".join(f"{name} {v:.3g}" for name, v in figures.items() if name != "gradients")
