@@ -649,6 +649,38 @@ def test_a_checkpoint_of_another_run_is_refused(few, tmp_path, changed, said):
         fit(network(), (few[0], y), BALL, resume=True, **{**given, **changed})
 
 
+FIRST = torch.arange(64) == 0
+
+
+def tabular(**given):
+    sides = {"integer": [False] * 64, "lower": 0.0, "upper": 1.0}
+    return rl.Tabular(1, 0.5, **{**sides, **given})
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (replace(BALL, eps=0.1234561), replace(BALL, eps=0.1234569), "eps was 0.1234561"),
+        (replace(BALL, mask=FIRST), replace(BALL, mask=~FIRST), "mask was"),
+        (replace(BALL, scale=1.0 + FIRST), replace(BALL, scale=1.0 + ~FIRST), "scale was"),
+        (replace(BALL, lower=-1.0 * FIRST), replace(BALL, lower=-1.0 * FIRST.roll(1)), "lower was"),
+        (tabular(integer=FIRST), tabular(integer=FIRST.roll(1)), "integer was"),
+        (tabular(groups=[(0, 1)]), tabular(groups=[(0, 2)]), "groups was"),
+        (tabular(direction=[1] + [0] * 63), tabular(direction=[-1] + [0] * 63), "direction was"),
+    ],
+)
+def test_a_checkpoint_against_another_threat_of_equal_name_is_refused(
+    tmp_path, before, after, said
+):
+    assert str(before) == str(after)
+    data = FIRST.float().repeat(20, 1), torch.arange(20) % 10
+    given = {**QUICK, "out": tmp_path, "objective": "standard", "validation": None}
+    fit(network(), data, before, **given)
+    fit(network(), data, replace(before), resume=True, **given)
+    with pytest.raises(rl.InputError, match=said):
+        fit(network(), data, after, resume=True, **given)
+
+
 def test_the_settings_tell_how_it_was_trained(few):
     told = fit(network(), few, BALL, lr=0.01, ema=0.9, optimizer="sgd", **QUICK).settings
     asked = {"lr": 0.01, "ema": 0.9, "optimizer": "SGD", "batch_size": 64, "precision": "float32"}

@@ -1,6 +1,7 @@
 """What `fit` is given: judged, cast and split before the first step."""
 
 import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -130,6 +131,18 @@ def fingerprint(held: Held | None) -> str | None:
     for values in held:
         digest.update(values.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def in_full(threat: LpBall) -> dict[str, Any]:
+    """Return a threat as plain values that differ if the sets do; arrays are hashed."""
+    return {
+        name: _hashed(value) if isinstance(value, list) else value
+        for name, value in threat.describe().items()
+    }
+
+
+def _hashed(values: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
 def share(name: str, value: float) -> float:

@@ -20,7 +20,15 @@ from robustlearn.registry import NOT_NEGATIVE, POSITIVE, check_options
 from robustlearn.report import write_training
 from robustlearn.threats import LpBall
 from robustlearn.train.game import ROLLED_BACK_TO, RobustGame
-from robustlearn.train.givens import check_threat, fingerprint, givens, judged, network_of, share
+from robustlearn.train.givens import (
+    check_threat,
+    fingerprint,
+    givens,
+    in_full,
+    judged,
+    network_of,
+    share,
+)
 from robustlearn.train.memory import memory_of, moves_in_steps, unchanging
 from robustlearn.train.objectives import OBJECTIVES, Criterion, options_of
 from robustlearn.train.validation import Standing, validate
@@ -212,6 +220,7 @@ def fit(
     settings = {
         "objective": objective,
         "threat": str(threat),
+        "threat_in_full": in_full(threat),
         "epochs": epochs,
         "batch_size": size,
         "optimizer": type(game.optimizers["model"]).__name__,
