@@ -553,6 +553,13 @@ def test_whole_labels_in_a_floating_type_are_classes(few, outputs):
     assert result.settings["criterion"] == "cross_entropy"
     assert result.history.rows[0]["validation"]["robust"] >= 0
     fit(nn.Linear(64, outputs), (few[0], y), BALL, criterion="cross_entropy", **QUICK)
+    extra = few[0][:9], y[:9]
+    for data in (
+        Samples((few[0], y), extra=extra, ratio=0.1),
+        Samples(Shifted(few[0], y), extra=extra, ratio=0.1),
+    ):
+        result = fit(nn.Linear(64, outputs), data, BALL, **QUICK)
+        assert result.settings["criterion"] == "cross_entropy"
 
 
 def test_whole_targets_are_targets_where_the_criterion_says_so(few):
@@ -752,7 +759,7 @@ X, Y = torch.rand(60, 64, generator=torch.Generator().manual_seed(0)), torch.ara
         ((X, Y + 0.5), BALL, {"criterion": "cross_entropy"}, "fractions like 0.5"),
         ((X, Y + 0.5), BALL, {}, "predicts 10 targets, and squared is for one"),
         ((X, Y), BALL, {"validation": (X, Y + 5)}, "labels out of range"),
-        (Samples((X, Y + 0.0)), BALL, {"validation": None}, r"give y.long\(\)"),
+        (Samples((X, Y + 0.5)), BALL, {"criterion": "cross_entropy"}, "y holds fractions like 0.5"),
         ((X, Y + math.nan), BALL, {}, "y of train holds NaN"),
         ((X * math.nan, Y), BALL, {}, "x holds NaN"),
     ],

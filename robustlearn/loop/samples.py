@@ -1,6 +1,7 @@
 """Which samples are in which batch, and how they are fetched."""
 
 import copy
+import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,12 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import (
+    BatchSampler,
     ConcatDataset,
     DataLoader,
     Dataset,
     IterableDataset,
+    RandomSampler,
+    SequentialSampler,
     Subset,
     TensorDataset,
+    default_collate,
 )
 
 from robustlearn import _tensor
@@ -24,6 +29,7 @@ from robustlearn.loop.randomness import generator, mixed, seeded
 
 CHUNK = 256  # samples that are fetched at a time to be held out
 Augment = Callable[[Tensor, Tensor], Tensor]
+Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,10 +60,10 @@ class Samples:
     Parameters
     ----------
     data : a pair (x, y) or x alone, as arrays or tensors; a torch ``Dataset`` of pairs (x, y); or a
-        ``DataLoader``, of which dataset, batch_size, collate_fn, num_workers and pin_memory are
-        used: its sampler is replaced.
+        ``DataLoader`` in batches, of which dataset, batch_size, collate_fn, num_workers and
+        pin_memory are used.
     weights : class -> weight (labels in memory are needed), or one weight per sample.
-    extra : more data of the same kind, mixed in.
+    extra : more data of the same kind, mixed in; of a ``DataLoader`` its dataset is.
     ratio : the share of extra samples in a batch, 0 ≤ ratio < 1.
     augment : (x, keys) -> x on the device, with one random key per sample
         (``robustlearn._tensor.uniform`` and ``normal`` make numbers of them).
@@ -65,7 +71,8 @@ class Samples:
     Raises
     ------
     InputError for data without samples, x and y of different lengths, a data set without
-    numbered samples, a weight that is negative or of a class without samples.
+    numbered samples, a ``DataLoader`` whose sampler picks among them, a weight that is negative or
+    of a class without samples; and when samples are fetched, for data that raises.
 
     Examples
     --------
@@ -84,17 +91,20 @@ class Samples:
         augment: Augment | None = None,
     ) -> None:
         self.batch_size: int | None = None
-        self._dtype: torch.dtype | None = None
+        self._cast: Callable[[Pair], Pair] = _as_it_is
         self.augment, self.ratio = augment, ratio
         self._loading: dict[str, Any] = {}
         if isinstance(data, DataLoader):
-            self.batch_size = data.batch_size
+            self.batch_size = _plain_batches(data)
             self._loading = {
                 "collate_fn": data.collate_fn,
                 "num_workers": data.num_workers,
                 "pin_memory": data.pin_memory,
             }
             data = data.dataset
+        if isinstance(extra, DataLoader):
+            _plain_batches(extra)
+            extra = extra.dataset
         self._sources = [_source(part) for part in ([data] if extra is None else [data, extra])]
         self._lengths = [_length(source) for source in self._sources]
         _check_alike(self._sources)
@@ -110,11 +120,14 @@ class Samples:
         """Return data as samples, if it is not so already."""
         return data if isinstance(data, Samples) else cls(data)
 
-    def typed(self, dtype: torch.dtype) -> "Samples":
-        """Return the samples with x and y in ``dtype``, whole y as int64."""
+    def typed(self, dtype: torch.dtype, *, classes: bool = False) -> "Samples":
+        """Return the samples with x and y in ``dtype``, y of an integer type as int64.
+
+        With ``classes`` all y are int64; an InputError, now or when fetched, for fractions.
+        """
         typed = copy.copy(self)
-        typed._dtype = dtype
-        typed._sources = [_cast(part, dtype) if _held(part) else part for part in self._sources]
+        typed._cast = functools.partial(_cast, dtype=dtype, classes=classes)
+        typed._sources = [typed._cast(part) if _held(part) else part for part in self._sources]
         return typed
 
     def split(self, out: Tensor) -> tuple["Samples", tuple[Tensor, Tensor]]:
@@ -179,9 +192,13 @@ class Samples:
 
     def fetch(self, batches: list[Tensor], seed: int, epoch: int) -> Iterator[tuple[Any, Any]]:
         """Yield x and y of the given sample numbers, batch by batch."""
-        pairs = self._pairs(batches, seed, epoch)
-        dtype = self._dtype
-        return pairs if dtype is None else (_cast(pair, dtype) for pair in pairs)
+        try:
+            for pair in self._pairs(batches, seed, epoch):
+                yield self._cast(pair)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"the data raised {type(error).__name__}: {error}") from error
 
     def _fetched(self, index: Tensor) -> tuple[Tensor, Tensor]:
         return next(self.fetch([index], 0, 0))
@@ -192,12 +209,17 @@ class Samples:
         parts = [TensorDataset(*part) if _held(part) else part for part in self._sources]
         plan = [[(int(i), mixed(seed, "sample", epoch, int(i))) for i in b] for b in batches]
         loader = DataLoader(
-            _Seeded(ConcatDataset(parts)),
+            _Seeded(ConcatDataset(parts), self._item(len(parts))),
             batch_sampler=plan,
             generator=generator(seed, "loader", epoch),
             **self._loading,
         )
         return (_pair(collated) for collated in loader)
+
+    def _item(self, sources: int) -> Callable[[Any], Any]:
+        """Return what makes items of several sources go into one batch, if torch collates them."""
+        plain = self._loading.get("collate_fn", default_collate) is default_collate
+        return functools.partial(_item, cast=self._cast) if plain and sources > 1 else _as_it_is
 
     def _plan(self, batch_size: int) -> tuple[int, int]:
         """Return the number of steps of an epoch, and how many samples of it are extra."""
@@ -265,13 +287,13 @@ class _Seeded(Dataset):
     fetched what before, and a resumed run would see other images.
     """
 
-    def __init__(self, samples: Dataset) -> None:
-        self._samples = samples
+    def __init__(self, samples: Dataset, item: Callable[[Any], Any]) -> None:
+        self._samples, self._item = samples, item
 
     def __getitem__(self, number: tuple[int, int]) -> Any:
         index, seed = number
         with seeded(seed):
-            return self._samples[index]
+            return self._item(self._samples[index])
 
 
 def _source(data: Any) -> Any:
@@ -293,9 +315,48 @@ def _source(data: Any) -> Any:
     return x, y
 
 
-def _cast(pair: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _plain_batches(loader: DataLoader) -> int:
+    """Return the size of a loader's batches, which hold all samples in their order or a random one.
+
+    Raises
+    ------
+    InputError for any other: batches are drawn here, and its choice of samples would be lost.
+    """
+    size = _length(_source(loader.dataset))
+    batches = loader.batch_sampler
+    if type(batches) is not BatchSampler:
+        given = "no batches" if batches is None else f"batches by {type(batches).__name__}"
+        raise InputError(f"a DataLoader with batch_size is expected, and this one gives {given}")
+    sampler = batches.sampler
+    once = type(sampler) is SequentialSampler or (
+        type(sampler) is RandomSampler and not sampler.replacement
+    )
+    if not once or len(sampler) != size:
+        raise InputError(
+            f"a DataLoader that draws each of its {size} samples once an epoch is expected, and "
+            f"the {type(sampler).__name__} of this one may not, which would be lost: give a Subset "
+            "without a sampler, or Samples(…, weights=…)"
+        )
+    return batches.batch_size
+
+
+def _as_it_is(given: Any) -> Any:
+    return given
+
+
+def _cast(pair: Pair, *, dtype: torch.dtype, classes: bool) -> Pair:
     x, y = pair
-    return x.to(dtype), y.to(dtype) if y.is_floating_point() else y.long()
+    if classes and y.is_floating_point() and not torch.equal(y, y.round()):
+        raise InputError(
+            f"y holds fractions like {float(y[y != y.round()][0]):g}; expected class numbers"
+        )
+    return x.to(dtype), y.long() if classes or not y.is_floating_point() else y.to(dtype)
+
+
+def _item(given: Any, *, cast: Callable[[Pair], Pair]) -> Pair:
+    """Return one item of a data set as tensors (*shape) and (*)."""
+    x, y = given if isinstance(given, tuple | list) and len(given) == 2 else (given, [])
+    return cast((torch.as_tensor(x), torch.as_tensor(y)))
 
 
 def _taken(pair: tuple[Tensor, Tensor], index: Tensor) -> tuple[Tensor, Tensor]:

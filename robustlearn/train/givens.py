@@ -110,6 +110,8 @@ def givens(
     told = CHOSE if test is None else "test"
     if whole is not None:
         samples = Samples(_typed(whole, judge, net))
+    elif judge.classifies:
+        samples = samples.typed(dtype, classes=True)
     if isinstance(validation, float | int):
         held = share("validation", float(validation))
         samples, choosing, rest = _split(samples, held, seed, halved=test is None)
@@ -229,8 +231,6 @@ def _check_labels(model: Model, x: Tensor, labels: Sequence[Tensor]) -> None:
     with model.session(), torch.no_grad():
         model(x)
     for y in labels:
-        if y.is_floating_point():
-            raise InputError(f"y holds classes as {y.dtype}; expected whole numbers: give y.long()")
         check_range(model, y)
 
 
