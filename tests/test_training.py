@@ -414,6 +414,46 @@ def test_the_command_takes_data_to_choose_by_to_judge_by_and_to_mix_in(module, t
     assert run(command(module, tmp_path / "other", "--test", "iris")) == 2
 
 
+def test_the_seed_of_the_command_seeds_what_builds_the_network(tmp_path, untouched):
+    path = tmp_path / "unseeded.py"
+    path.write_text(
+        "import random\n\nimport numpy as np\nimport torch\n\ndef build():\n"
+        "    net = torch.nn.Linear(64, 10)\n"
+        "    with torch.no_grad():\n"
+        "        net.bias += random.random() + np.random.rand()\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), net)\n"
+    )
+    given = ["--attacks", "none", "--validation", "0", "--quiet"]
+    found = []
+    for name, seed in (("one", 7), ("again", 7), ("other", 8)):
+        out = tmp_path / name
+        asked = command(f"{path}:build", out, "--seed", str(seed), *given)
+        assert run([*asked, "--lr", "1e-30", "--limit", "20"]) == 0
+        found.append(load_file(out / "model.safetensors"))
+    assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
+    assert not any(torch.allclose(found[0][name], value) for name, value in found[2].items())
+
+
+def test_balanced_weights_count_the_classes_of_the_network(module, tmp_path, capsys):
+    x = np.zeros((10, 64), dtype=np.float32)
+    asked = ["--class-weights", "balanced", "--attacks", "none", "--validation", "0", "--json"]
+    y = np.array([0] * 8 + [2.0] * 2)
+    for labels, said in (
+        (y, None),
+        (np.sign(y - 1), "labels out of range: y spans -1 to 1, but Sequential has 10 classes"),
+        (y + 0.5, "fractions like 0.5"),
+    ):
+        np.savez(tmp_path / "data.npz", x=x, y=labels)
+        given = command(module, tmp_path / str(said), *asked, "--data", str(tmp_path / "data.npz"))
+        assert run(given) == (0 if said is None else 2)
+        told = capsys.readouterr()
+        if said is None:
+            weights = json.loads(told.out)["settings"]["class_weights"]
+            assert weights == pytest.approx([10 / (10 * n) for n in (8, 1, 2, *[1] * 7)])
+        else:
+            assert said in told.err
+
+
 def test_the_command_prints_json_and_takes_a_criterion(tmp_path, capsys):
     path = tmp_path / "regression.py"
     path.write_text("import torch\n\nnet = torch.nn.Linear(10, 1)\n")
@@ -447,6 +487,8 @@ def test_the_command_prints_json_and_takes_a_criterion(tmp_path, capsys):
         (["--ramp", "-1"], "ramp is a share"),
         (["--on-overfitting", "hope"], "on_overfitting is one of warn, rollback"),
         (["--optimizer", "lion"], "an optimizer is adamw, sgd"),
+        (["--no-memory", "--memory-file", "kept.npy"], "--no-memory keeps no perturbations"),
+        (["--extra-share", "0.5"], "the share of --extra in a batch: say which data"),
     ],
 )
 def test_what_is_refused(module, tmp_path, capsys, more, said):
