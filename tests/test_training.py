@@ -269,6 +269,20 @@ def test_an_interrupted_training_ends_with_equal_weights(digits, tmp_path, optio
         fit(again, data, BALL, out=tmp_path / "parts", resume=True, **{**given, "awp": 0.3})
 
 
+def test_a_memory_of_another_run_is_no_start(few, tmp_path):
+    """The folder of that run is gone, or another is named; no step is made from its points."""
+    file = tmp_path / "kept.npy"
+    given = {**QUICK, "memory": file, "resume": True}
+    fit(network(), few, BALL, out=tmp_path / "one", **given)
+    content = file.read_bytes()
+    with pytest.raises(rl.InputError, match="holds perturbations of another run"):
+        fit(network(), few, BALL, out=tmp_path / "two", **given)
+    assert file.read_bytes() == content
+    fit(network(), few, BALL, out=tmp_path / "one", **given)
+    np.save(file, np.zeros_like(np.load(file)))  # as of a run that was killed before its first step
+    fit(network(), few, BALL, out=tmp_path / "two", **given)
+
+
 class Noting(nn.Module):
     """A network that notes whether it is trained, and in which type it computes."""
 

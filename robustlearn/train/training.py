@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from robustlearn.errors import InputError
 from robustlearn.evaluate import Report, evaluate, plan
 from robustlearn.evaluate.sharing import Shares, first
-from robustlearn.loop import History, Moment, play
+from robustlearn.loop import History, Moment, checkpoint, play
 from robustlearn.models import TorchModel
 from robustlearn.registry import NOT_NEGATIVE, POSITIVE, check_options
 from robustlearn.report import write_training
@@ -199,6 +199,7 @@ def fit(
         name, chosen = options_of(objective)
     kept = starts and OBJECTIVES[name].facts["keeps"]
     file = None if isinstance(memory, bool | None) else Path(memory)
+    begun = out is not None and checkpoint.exists(Path(out))
     if OBJECTIVES[name].facts["replays"] > 1 and options.get("accumulate", 1) > 1:
         raise InputError(f"{name} steps after each replay, and cannot accumulate: accumulate=1")
     game = RobustGame(
@@ -209,7 +210,9 @@ def fit(
         threat=threat,
         criterion=judge,
         ramp=share("ramp", ramp),
-        memory=memory_of(samples, file, resume=bool(options.get("resume"))) if kept else None,
+        memory=memory_of(samples, file, resume=bool(options.get("resume")), begun=begun)
+        if kept
+        else None,
         awp=awp,
         guarded=on_overfitting == "rollback",
         settled=math.ceil(ramp * epochs),
