@@ -602,33 +602,56 @@ def test_another_run_is_refused(tmp_path, changes, said):
         train(tmp_path, resume=True, **{"settings": settings, **changes})
 
 
+NEIGHBOUR = """
+def doubled(x):
+    return {neighbour} * x
+"""
 CODE = """
+import neighbour
 from torch import nn
 
-class Net(nn.Sequential):
+SCALE = ({scale}, 1)
+unused = {unused}
+
+def helped(x, unused=1):
+    return {helper} * neighbour.doubled(x) * SCALE[0] * unused
+
+class Base(nn.Sequential):
     def forward(self, x):
-        {comment}
-        return super().forward({factor} * x)
+        return super().forward({base} * x)
+
+class Net(Base):
+    def forward(self, x):
+        # {comment}
+        return super().forward({own} * helped(x))
 """
+NUMBERS = dict.fromkeys(("own", "base", "helper", "neighbour", "scale", "unused", "comment"), 1)
 
 
-@pytest.mark.parametrize("factor", [1, 2])
-def test_a_network_with_other_code_is_refused(tmp_path, factor):
-    """Of equal shapes; what is only said differently may go on."""
+def loaded(name, path, text, monkeypatch):
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location(name, path)
+    made = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, made)
+    spec.loader.exec_module(made)
+    return made
 
-    def game(**code):
-        path = tmp_path / f"net{code['factor']}{len(code['comment'])}.py"
-        path.write_text(CODE.format(**code))
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        made = importlib.util.module_from_spec(spec)
-        sys.modules[path.stem] = made
-        spec.loader.exec_module(made)
+
+@pytest.mark.parametrize("changed", NUMBERS)
+def test_a_network_with_other_code_is_refused(tmp_path, monkeypatch, changed):
+    """Of equal shapes; what is only said differently, or not used, may go on."""
+
+    def game(**numbers):
+        place = tmp_path / str(sum(numbers.values()))
+        place.mkdir()
+        for name, text in (("neighbour", NEIGHBOUR), ("my_net", CODE)):
+            made = loaded(name, place / f"{name}.py", text.format(**numbers), monkeypatch)
         return Plain(net=made.Net(*network()))
 
     given = {"epochs": 1, "batch_size": 8, "out": tmp_path / "run"}
-    play(game(factor=1, comment="# one"), samples(), **given)
-    again = game(factor=factor, comment="# what is only said")
-    if factor == 1:
+    play(game(**NUMBERS), samples(), **given)
+    again = game(**NUMBERS | {changed: 2})
+    if changed in ("comment", "unused"):
         assert play(again, samples(), resume=True, **given).stopped == "finished"
     else:
         with pytest.raises(
