@@ -854,7 +854,7 @@ def test_a_batch_of_one_with_batch_norm_is_told():
         ({"on_nonfinite": "cry"}, "on_nonfinite is one of"),
         ({"ema": 1.0}, "ema"),
         ({"clip": 0.0}, "clip"),
-        ({"patience": 2}, "give validate too"),
+        ({"patience": 2}, "what validate finds: give that too"),
         ({"validate": lambda modules: {"a": 1.0}, "figure": "b"}, "no figure 'b'"),
         ({"trackers": ["abacus"]}, "not installed"),
         ({"resume": True}, "a folder: give that as out"),

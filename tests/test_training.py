@@ -525,7 +525,8 @@ def test_other_refusals(digits):
         ({"weight_decay": -1.0}, "weight_decay must be"),
         ({"objective": "pgd_at:steps=0"}, "steps must be a whole number in"),
         ({"on_overfitting": "rollback", "ema": 0.9}, "leave out ema"),
-        ({"on_overfitting": "rollback", "validation": None}, "needs validation"),
+        ({"on_overfitting": "rollback", "validation": None}, "'rollback' look at samples held"),
+        ({"patience": 2, "validation": 0}, "patience=2 look at .* and validation=0 holds out none"),
     ):
         with pytest.raises(rl.InputError, match=said):
             fit(network(), digits, BALL, **wrong)
@@ -649,6 +650,18 @@ def test_the_report_is_not_about_the_samples_that_chose_the_epoch(few, monkeypat
     assert (own.data, len(own.x), len(chose[1])) == ("test", 50, 60)
     pair = fit(network(), few, BALL, **{**given, "validation": few}).report
     assert pair.data.endswith("chose the epoch: biased upwards")
+
+
+def test_a_share_that_holds_out_no_sample_is_told(few):
+    eight = few[0][:8], few[1][:8]
+    with pytest.warns(UserWarning, match=r"validation=0.1 holds out none of 8 samples"):
+        result = fit(network(), eight, BALL, epochs=1, attacks="fgsm")
+    assert (result.report, result.history.best) == (None, 0)
+    with pytest.raises(rl.InputError, match="holds out none of 8: give a larger share"):
+        fit(network(), eight, BALL, epochs=1, patience=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(network(), eight, BALL, epochs=1, validation=0)
 
 
 def test_after_a_rollback_the_restored_weights_are_told_and_kept(few, monkeypatch):

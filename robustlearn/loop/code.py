@@ -12,6 +12,7 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 INSTALLED = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")}
+INSTALLED.add(Path(__file__).resolve().parents[1])  # in a checkout as elsewhere
 OTHERS = sys.stdlib_module_names | {"torch"}  # whose versions a checkpoint names, or does not mind
 
 

@@ -57,7 +57,7 @@ class Options:
             raise InputError(f"clip is the largest norm of a gradient, above 0; got {self.clip}")
         rate(self.schedule, 0.0)
         if not validated and (self.patience is not None or self.figure is not None):
-            raise InputError("patience and figure look at validation figures: give validate too")
+            raise InputError("patience and figure look at what validate finds: give that too")
         if strangers := sorted(set(game.optimizers) - set(game.modules)):
             raise InputError(
                 f"the optimizers {strangers} belong to no module; the game has {list(game.modules)}"

@@ -182,7 +182,7 @@ def fit(
     """
     numbers = {"lr": lr, "weight_decay": weight_decay, "awp": awp}
     check_options("fit", numbers, dict.fromkeys(numbers, NOT_NEGATIVE) | {"lr": POSITIVE})
-    _check_rollback(on_overfitting, validation, options.get("ema"))
+    _check_rollback(on_overfitting, options.get("ema"))
     if crafting not in CRAFTING:
         raise InputError(f"crafting is one of None, 'float32' and 'bf16'; got {crafting!r}")
     if attacks is not None:
@@ -192,6 +192,8 @@ def fit(
     check_threat(threat, name, validated=validation is not None)
     given = givens(net, train, validation, test, threat, criterion, seed)
     samples, judge = given.samples, given.criterion
+    if given.choosing is None:
+        _tell_none_held_out(on_overfitting, options.get("patience"), validation, len(samples))
     starts = memory is not False and judge.classifies and not moves_in_steps(threat)
     starts = starts and (memory is not None or unchanging(samples))
     if objective is None:
@@ -328,11 +330,26 @@ def _told_of(criterion: Criterion) -> dict[str, Any]:
     }
 
 
-def _check_rollback(policy: str, validation: Any, ema: float | None) -> None:
+def _tell_none_held_out(policy: str, patience: int | None, validation: Any, samples: int) -> None:
+    """Raise an InputError for options that look at samples held out; warn if some were meant."""
+    needing = [f"patience={patience}"] if patience is not None else []
+    needing += ["on_overfitting='rollback'"] if policy == "rollback" else []
+    if needing:
+        raise InputError(
+            f"{' and '.join(needing)} look at samples held out, and validation={validation} holds "
+            f"out none of {samples}: give a larger share, or a pair (x, y)"
+        )
+    if validation:
+        warnings.warn(
+            f"validation={validation:g} holds out none of {samples} samples: the last epoch counts "
+            "as the best, and without test there is no report; give a larger share, or a pair",
+            stacklevel=3,
+        )
+
+
+def _check_rollback(policy: str, ema: float | None) -> None:
     if policy not in ON_OVERFITTING:
         raise InputError(f"on_overfitting is one of {', '.join(ON_OVERFITTING)}; got {policy!r}")
-    if policy == "rollback" and validation is None:
-        raise InputError("on_overfitting='rollback' needs validation, which tells of overfitting")
     if policy == "rollback" and ema is not None:
         raise InputError(
             "on_overfitting='rollback' returns to single weights, not to their mean: leave out ema"
