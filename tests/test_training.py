@@ -764,6 +764,20 @@ def test_the_settings_tell_how_it_was_trained(few):
     assert {"weight_decay", "schedule", "clip", "patience", "accumulate"} <= told.keys()
 
 
+def test_the_settings_tell_the_rates_of_the_optimizer_that_was_given(few):
+    told = []
+    for rates in ((0.3, 0.3), (0.3, 0.1)):
+
+        def made(parameters, rates=rates):
+            weight, *rest = parameters
+            groups = [{"params": [weight], "lr": rates[0]}, {"params": rest, "lr": rates[1]}]
+            return torch.optim.SGD(groups, weight_decay=0.01)
+
+        told.append(fit(network(), few, BALL, optimizer=made, **QUICK).settings)
+    assert [settings["lr"] for settings in told] == [0.3, [0.3, 0.1]]
+    assert [settings["weight_decay"] for settings in told] == [0.01, 0.01]
+
+
 class Shares(nn.Module):
     """A softmax that is no layer."""
 

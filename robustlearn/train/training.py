@@ -15,6 +15,7 @@ from robustlearn.errors import InputError
 from robustlearn.evaluate import Report, evaluate, plan
 from robustlearn.evaluate.sharing import Shares, first
 from robustlearn.loop import History, Moment, checkpoint, play
+from robustlearn.loop.sides import plain
 from robustlearn.models import TorchModel
 from robustlearn.registry import NOT_NEGATIVE, POSITIVE, check_options
 from robustlearn.report import write_training
@@ -136,7 +137,8 @@ def fit(
         with a pair for ``validation``, the report is about that pair, and says so: it is biased
         upwards by the choice.
     batch_size : 64 by default: small batches do better than large ones at equal cost.
-    optimizer : ``"adamw"``, ``"sgd"`` (Nesterov, momentum 0.9), or ``parameters -> Optimizer``.
+    optimizer : ``"adamw"``, ``"sgd"`` (Nesterov, momentum 0.9), or ``parameters -> Optimizer``,
+        whose own lr and weight_decay count.
     lr : the peak of ``schedule``. The default is cautious: convolutional networks of 166,000
         parameters did better with 4e-3 (table 1 of benchmarks/training.py).
     schedule, seed, out, **options : as for `robustlearn.loop.play` (resume, patience, precision,
@@ -228,9 +230,7 @@ def fit(
         "threat_in_full": in_full(threat),
         "epochs": epochs,
         "batch_size": size,
-        "optimizer": type(game.optimizers["model"]).__name__,
-        "lr": lr,
-        "weight_decay": weight_decay,
+        **_told_of_optimizer(game.optimizers["model"]),
         "schedule": schedule,
         "seed": seed,
         "ramp": ramp,
@@ -317,6 +317,20 @@ def _optimizer(
             net.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=decay
         )
     raise InputError(f"an optimizer is adamw, sgd or a function of parameters; got {chosen!r}")
+
+
+def _told_of_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return its rates as plain values, one for each group of parameters if these differ."""
+
+    def told(name: str) -> Any:
+        values = [plain(group).get(name) for group in optimizer.param_groups]
+        return values[0] if all(value == values[0] for value in values) else values
+
+    return {
+        "optimizer": type(optimizer).__name__,
+        "lr": told("lr"),
+        "weight_decay": told("weight_decay"),
+    }
 
 
 def _told_of(criterion: Criterion) -> dict[str, Any]:
