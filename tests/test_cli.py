@@ -404,7 +404,12 @@ def test_an_interrupt_says_how_to_go_on(folder, monkeypatch, capsys):
 
     monkeypatch.setattr(data, "load", interrupted)
     assert evaluate() == 130
-    assert "--resume" in capsys.readouterr().err
+    assert "an evaluation with --out goes on if" in capsys.readouterr().err
+    asked = ["--model", "my_module.py:build", "--data", "iris", "--eps", "1", "--out", "run"]
+    assert run(["train", *asked]) == 130
+    assert "stopped; it goes on from its last checkpoint if" in capsys.readouterr().err
+    assert run(["fit-linear", "--data", "iris", "--eps", "1"]) == 130
+    assert capsys.readouterr().err == "stopped\n"
 
 
 def test_the_demo_in_small(folder, capsys):

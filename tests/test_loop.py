@@ -22,7 +22,16 @@ from games import N, Noisy, network, plain, samples, train
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from robustlearn import _tensor
 from robustlearn.errors import InputError
@@ -353,6 +362,51 @@ def test_data_without_labels():
     assert play(Centre(), samples()[0], epochs=1, batch_size=8).rows[0]["metrics"] == {}
 
 
+def picking(**options):
+    return Samples(DataLoader(TensorDataset(*samples()), **options))
+
+
+def test_the_batches_of_a_loader_are_of_its_size():
+    plan = BatchSampler(RandomSampler(range(N)), 9, drop_last=False)
+    assert picking(batch_sampler=plan).batch_size == 9
+    assert picking(batch_size=7, shuffle=True).batch_size == 7
+
+
+class Items(Dataset):
+    """Samples as data sets of images have them: arrays and plain numbers, or x alone."""
+
+    def __init__(self, x, y, kind):
+        self.x, self.y, self.kind = x, y, kind
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        x, y = self.x[i], self.y[i]
+        return {
+            "tensor, int": (x, int(y)),
+            "arrays": (x.numpy(), np.int64(y)),
+            "list": [x.tolist(), int(y)],
+            "x alone": x.numpy(),
+        }[self.kind]
+
+
+@pytest.mark.parametrize("extra", ["tensor, int", "arrays", "list", "x alone"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_extra_items_of_a_data_set_go_into_a_batch_with_arrays(extra, whole):
+    x, y = samples()
+    own = None if extra == "x alone" else y
+    alike = Samples((x, own), extra=(-x[:9], own if own is None else y[:9]), ratio=0.3)
+    items = Items(-x[:9], y[:9], extra)
+    mixed = Samples((x, own), extra=items if whole else DataLoader(items), ratio=0.3)
+    batches = mixed.batches(0, 0, 8)
+    pairs = zip(mixed.fetch(batches, 0, 0), alike.fetch(batches, 0, 0), strict=True)
+    assert all(torch.equal(a, b) for found, told in pairs for a, b in zip(found, told, strict=True))
+    back = Samples(items, extra=(x, own), ratio=0.3)
+    (_, labels), *_ = back.fetch(back.batches(0, 0, 8), 0, 0)
+    assert labels.dtype == (torch.float32 if own is None else torch.int64)
+
+
 class Endless(IterableDataset):
     def __iter__(self):
         yield torch.zeros(1), 0
@@ -370,6 +424,16 @@ class Endless(IterableDataset):
         (lambda: Samples(samples(), weights=[-1.0] * N), "not negative"),
         (lambda: Samples(samples(), extra=samples()), "ratio"),
         (lambda: Samples(samples(), ratio=0.5), "ratio"),
+        (lambda: picking(sampler=SubsetRandomSampler(range(9))), "SubsetRandomSampler of this"),
+        (lambda: picking(sampler=RandomSampler(range(N), num_samples=9)), f"each of its {N} samp"),
+        (lambda: picking(sampler=RandomSampler(range(N), replacement=True)), "this one may not"),
+        (lambda: picking(sampler=WeightedRandomSampler([1.0] * N, N)), r"Samples\(…, weights=…"),
+        (lambda: picking(batch_sampler=[[0], [1, 2]]), "this one gives batches by list"),
+        (lambda: picking(batch_size=None), "this one gives no batches"),
+        (
+            lambda: Samples(samples(), extra=DataLoader(Drawing(), sampler=range(9)), ratio=0.5),
+            "the range of this one",
+        ),
     ],
 )
 def test_samples_that_cannot_be(make, said):
@@ -538,33 +602,56 @@ def test_another_run_is_refused(tmp_path, changes, said):
         train(tmp_path, resume=True, **{"settings": settings, **changes})
 
 
+NEIGHBOUR = """
+def doubled(x):
+    return {neighbour} * x
+"""
 CODE = """
+import neighbour
 from torch import nn
 
-class Net(nn.Sequential):
+SCALE = ({scale}, 1)
+unused = {unused}
+
+def helped(x, unused=1):
+    return {helper} * neighbour.doubled(x) * SCALE[0] * unused
+
+class Base(nn.Sequential):
     def forward(self, x):
-        {comment}
-        return super().forward({factor} * x)
+        return super().forward({base} * x)
+
+class Net(Base):
+    def forward(self, x):
+        # {comment}
+        return super().forward({own} * helped(x))
 """
+NUMBERS = dict.fromkeys(("own", "base", "helper", "neighbour", "scale", "unused", "comment"), 1)
 
 
-@pytest.mark.parametrize("factor", [1, 2])
-def test_a_network_with_other_code_is_refused(tmp_path, factor):
-    """Of equal shapes; what is only said differently may go on."""
+def loaded(name, path, text, monkeypatch):
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location(name, path)
+    made = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, made)
+    spec.loader.exec_module(made)
+    return made
 
-    def game(**code):
-        path = tmp_path / f"net{code['factor']}{len(code['comment'])}.py"
-        path.write_text(CODE.format(**code))
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        made = importlib.util.module_from_spec(spec)
-        sys.modules[path.stem] = made
-        spec.loader.exec_module(made)
+
+@pytest.mark.parametrize("changed", NUMBERS)
+def test_a_network_with_other_code_is_refused(tmp_path, monkeypatch, changed):
+    """Of equal shapes; what is only said differently, or not used, may go on."""
+
+    def game(**numbers):
+        place = tmp_path / str(sum(numbers.values()))
+        place.mkdir()
+        for name, text in (("neighbour", NEIGHBOUR), ("my_net", CODE)):
+            made = loaded(name, place / f"{name}.py", text.format(**numbers), monkeypatch)
         return Plain(net=made.Net(*network()))
 
     given = {"epochs": 1, "batch_size": 8, "out": tmp_path / "run"}
-    play(game(factor=1, comment="# one"), samples(), **given)
-    again = game(factor=factor, comment="# what is only said")
-    if factor == 1:
+    play(game(**NUMBERS), samples(), **given)
+    again = game(**NUMBERS | {changed: 2})
+    if changed in ("comment", "unused"):
         assert play(again, samples(), resume=True, **given).stopped == "finished"
     else:
         with pytest.raises(
@@ -766,12 +853,20 @@ class Failing(Dataset):
 
 def test_data_that_raises_is_told_with_epoch_and_step(tmp_path):
     at = next(k for k, b in enumerate(Samples(Failing(None)).batches(0, 0, 8)) if 11 in b)
-    with pytest.raises(InputError, match=f"OSError in epoch 0, step {at}: no such image"):
+    said = f"^epoch 0, step {at}: the data raised OSError: no such image. Mend it"
+    with pytest.raises(InputError, match=f"{said}$"):
+        play(Plain(), Failing(11), epochs=2, batch_size=8)
+    with pytest.raises(InputError, match=f"{said} and resume: the last checkpoint is whole$"):
         play(Plain(), Failing(11), epochs=2, batch_size=8, out=tmp_path, save_every=0.0)
     mended, whole = Plain(), Plain()
     play(mended, Failing(None), epochs=2, batch_size=8, out=tmp_path, resume=True)
     play(whole, samples(), epochs=2, batch_size=8)
     assert equal(mended.weights, whole.weights)
+
+
+def test_data_that_raises_where_it_is_held_out_is_told():
+    with pytest.raises(InputError, match="the data raised OSError: no such image"):
+        Samples(Failing(11)).split(torch.arange(N))
 
 
 def test_a_batch_of_one_with_batch_norm_is_told():
@@ -790,9 +885,10 @@ def test_a_batch_of_one_with_batch_norm_is_told():
         ({"on_nonfinite": "cry"}, "on_nonfinite is one of"),
         ({"ema": 1.0}, "ema"),
         ({"clip": 0.0}, "clip"),
-        ({"patience": 2}, "give validate too"),
+        ({"patience": 2}, "what validate finds: give that too"),
         ({"validate": lambda modules: {"a": 1.0}, "figure": "b"}, "no figure 'b'"),
         ({"trackers": ["abacus"]}, "not installed"),
+        ({"resume": True}, "a folder: give that as out"),
     ],
 )
 def test_options_that_cannot_be(changes, said):

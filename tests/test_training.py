@@ -270,6 +270,20 @@ def test_an_interrupted_training_ends_with_equal_weights(digits, tmp_path, optio
         fit(again, data, BALL, out=tmp_path / "parts", resume=True, **{**given, "awp": 0.3})
 
 
+def test_a_memory_of_another_run_is_no_start(few, tmp_path):
+    """The folder of that run is gone, or another is named; no step is made from its points."""
+    file = tmp_path / "kept.npy"
+    given = {**QUICK, "memory": file, "resume": True}
+    fit(network(), few, BALL, out=tmp_path / "one", **given)
+    content = file.read_bytes()
+    with pytest.raises(rl.InputError, match="holds perturbations of another run"):
+        fit(network(), few, BALL, out=tmp_path / "two", **given)
+    assert file.read_bytes() == content
+    fit(network(), few, BALL, out=tmp_path / "one", **given)
+    np.save(file, np.zeros_like(np.load(file)))  # as of a run that was killed before its first step
+    fit(network(), few, BALL, out=tmp_path / "two", **given)
+
+
 class Noting(nn.Module):
     """A network that notes whether it is trained, and in which type it computes."""
 
@@ -452,6 +466,46 @@ def test_the_command_takes_data_to_choose_by_to_judge_by_and_to_mix_in(module, t
     assert run(command(module, tmp_path / "other", "--test", "iris")) == 2
 
 
+def test_the_seed_of_the_command_seeds_what_builds_the_network(tmp_path, untouched):
+    path = tmp_path / "unseeded.py"
+    path.write_text(
+        "import random\n\nimport numpy as np\nimport torch\n\ndef build():\n"
+        "    net = torch.nn.Linear(64, 10)\n"
+        "    with torch.no_grad():\n"
+        "        net.bias += random.random() + np.random.rand()\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), net)\n"
+    )
+    given = ["--attacks", "none", "--validation", "0", "--quiet"]
+    found = []
+    for name, seed in (("one", 7), ("again", 7), ("other", 8)):
+        out = tmp_path / name
+        asked = command(f"{path}:build", out, "--seed", str(seed), *given)
+        assert run([*asked, "--lr", "1e-30", "--limit", "20"]) == 0
+        found.append(load_file(out / "model.safetensors"))
+    assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
+    assert not any(torch.allclose(found[0][name], value) for name, value in found[2].items())
+
+
+def test_balanced_weights_count_the_classes_of_the_network(module, tmp_path, capsys):
+    x = np.zeros((10, 64), dtype=np.float32)
+    asked = ["--class-weights", "balanced", "--attacks", "none", "--validation", "0", "--json"]
+    y = np.array([0] * 8 + [2.0] * 2)
+    for labels, said in (
+        (y, None),
+        (np.sign(y - 1), "labels out of range: y spans -1 to 1, but Sequential has 10 classes"),
+        (y + 0.5, "fractions like 0.5"),
+    ):
+        np.savez(tmp_path / "data.npz", x=x, y=labels)
+        given = command(module, tmp_path / str(said), *asked, "--data", str(tmp_path / "data.npz"))
+        assert run(given) == (0 if said is None else 2)
+        told = capsys.readouterr()
+        if said is None:
+            weights = json.loads(told.out)["settings"]["class_weights"]
+            assert weights == pytest.approx([10 / (10 * n) for n in (8, 1, 2, *[1] * 7)])
+        else:
+            assert said in told.err
+
+
 def test_the_command_prints_json_and_takes_a_criterion(tmp_path, capsys):
     path = tmp_path / "regression.py"
     path.write_text("import torch\n\nnet = torch.nn.Linear(10, 1)\n")
@@ -485,6 +539,8 @@ def test_the_command_prints_json_and_takes_a_criterion(tmp_path, capsys):
         (["--ramp", "-1"], "ramp is a share"),
         (["--on-overfitting", "hope"], "on_overfitting is one of warn, rollback"),
         (["--optimizer", "lion"], "an optimizer is adamw, sgd"),
+        (["--no-memory", "--memory-file", "kept.npy"], "--no-memory keeps no perturbations"),
+        (["--extra-share", "0.5"], "the share of --extra in a batch: say which data"),
     ],
 )
 def test_what_is_refused(module, tmp_path, capsys, more, said):
@@ -507,7 +563,8 @@ def test_other_refusals(digits):
         ({"weight_decay": -1.0}, "weight_decay must be"),
         ({"objective": "pgd_at:steps=0"}, "steps must be a whole number in"),
         ({"on_overfitting": "rollback", "ema": 0.9}, "leave out ema"),
-        ({"on_overfitting": "rollback", "validation": None}, "needs validation"),
+        ({"on_overfitting": "rollback", "validation": None}, "'rollback' look at samples held"),
+        ({"patience": 2, "validation": 0}, "patience=2 look at .* and validation=0 holds out none"),
     ):
         with pytest.raises(rl.InputError, match=said):
             fit(network(), digits, BALL, **wrong)
@@ -594,6 +651,13 @@ def test_whole_labels_in_a_floating_type_are_classes(few, outputs):
     assert result.settings["criterion"] == "cross_entropy"
     assert result.history.rows[0]["validation"]["robust"] >= 0
     fit(nn.Linear(64, outputs), (few[0], y), BALL, criterion="cross_entropy", **QUICK)
+    extra = few[0][:9], y[:9]
+    for data in (
+        Samples((few[0], y), extra=extra, ratio=0.1),
+        Samples(Shifted(few[0], y), extra=extra, ratio=0.1),
+    ):
+        result = fit(nn.Linear(64, outputs), data, BALL, **QUICK)
+        assert result.settings["criterion"] == "cross_entropy"
 
 
 def test_whole_targets_are_targets_where_the_criterion_says_so(few):
@@ -629,6 +693,18 @@ def test_the_report_is_not_about_the_samples_that_chose_the_epoch(few, monkeypat
     assert pair.data.endswith("chose the epoch: biased upwards")
     single = fit(network(), few, BALL, **{**given, "validation": np.float32(0.2)}).report
     assert len(single.x) == len(halves.x)
+
+
+def test_a_share_that_holds_out_no_sample_is_told(few):
+    eight = few[0][:8], few[1][:8]
+    with pytest.warns(UserWarning, match=r"validation=0.1 holds out none of 8 samples"):
+        result = fit(network(), eight, BALL, epochs=1, attacks="fgsm")
+    assert (result.report, result.history.best) == (None, 0)
+    with pytest.raises(rl.InputError, match="holds out none of 8: give a larger share"):
+        fit(network(), eight, BALL, epochs=1, patience=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(network(), eight, BALL, epochs=1, validation=0)
 
 
 def test_after_a_rollback_the_restored_weights_are_told_and_kept(few, monkeypatch):
@@ -692,11 +768,57 @@ def test_a_checkpoint_of_another_run_is_refused(few, tmp_path, changed, said):
         fit(network(), (few[0], y), BALL, resume=True, **{**given, **changed})
 
 
+FIRST = torch.arange(64) == 0
+
+
+def tabular(**given):
+    sides = {"integer": [False] * 64, "lower": 0.0, "upper": 1.0}
+    return rl.Tabular(1, 0.5, **{**sides, **given})
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (replace(BALL, eps=0.1234561), replace(BALL, eps=0.1234569), "eps was 0.1234561"),
+        (replace(BALL, mask=FIRST), replace(BALL, mask=~FIRST), "mask was"),
+        (replace(BALL, scale=1.0 + FIRST), replace(BALL, scale=1.0 + ~FIRST), "scale was"),
+        (replace(BALL, lower=-1.0 * FIRST), replace(BALL, lower=-1.0 * FIRST.roll(1)), "lower was"),
+        (tabular(integer=FIRST), tabular(integer=FIRST.roll(1)), "integer was"),
+        (tabular(groups=[(0, 1)]), tabular(groups=[(0, 2)]), "groups was"),
+        (tabular(direction=[1] + [0] * 63), tabular(direction=[-1] + [0] * 63), "direction was"),
+    ],
+)
+def test_a_checkpoint_against_another_threat_of_equal_name_is_refused(
+    tmp_path, before, after, said
+):
+    assert str(before) == str(after)
+    data = FIRST.float().repeat(20, 1), torch.arange(20) % 10
+    given = {**QUICK, "out": tmp_path, "objective": "standard", "validation": None}
+    fit(network(), data, before, **given)
+    fit(network(), data, replace(before), resume=True, **given)
+    with pytest.raises(rl.InputError, match=said):
+        fit(network(), data, after, resume=True, **given)
+
+
 def test_the_settings_tell_how_it_was_trained(few):
     told = fit(network(), few, BALL, lr=0.01, ema=0.9, optimizer="sgd", **QUICK).settings
     asked = {"lr": 0.01, "ema": 0.9, "optimizer": "SGD", "batch_size": 64, "precision": "float32"}
     assert asked.items() <= told.items()
     assert {"weight_decay", "schedule", "clip", "patience", "accumulate"} <= told.keys()
+
+
+def test_the_settings_tell_the_rates_of_the_optimizer_that_was_given(few):
+    told = []
+    for rates in ((0.3, 0.3), (0.3, 0.1)):
+
+        def made(parameters, rates=rates):
+            weight, *rest = parameters
+            groups = [{"params": [weight], "lr": rates[0]}, {"params": rest, "lr": rates[1]}]
+            return torch.optim.SGD(groups, weight_decay=0.01)
+
+        told.append(fit(network(), few, BALL, optimizer=made, **QUICK).settings)
+    assert [settings["lr"] for settings in told] == [0.3, [0.3, 0.1]]
+    assert [settings["weight_decay"] for settings in told] == [0.01, 0.01]
 
 
 class Shares(nn.Module):
@@ -763,7 +885,7 @@ X, Y = torch.rand(60, 64, generator=torch.Generator().manual_seed(0)), torch.ara
         ((X, Y + 0.5), BALL, {"criterion": "cross_entropy"}, "fractions like 0.5"),
         ((X, Y + 0.5), BALL, {}, "predicts 10 targets, and squared is for one"),
         ((X, Y), BALL, {"validation": (X, Y + 5)}, "labels out of range"),
-        (Samples((X, Y + 0.0)), BALL, {"validation": None}, r"give y.long\(\)"),
+        (Samples((X, Y + 0.5)), BALL, {"criterion": "cross_entropy"}, "y holds fractions like 0.5"),
         ((X, Y + math.nan), BALL, {}, "y of train holds NaN"),
         ((X * math.nan, Y), BALL, {}, "x holds NaN"),
     ],

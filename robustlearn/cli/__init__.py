@@ -16,6 +16,10 @@ import robustlearn
 from robustlearn.errors import InputError
 
 INTERRUPTED = 130  # as shells have it for Ctrl-C
+GOES_ON = {
+    "evaluate": "; an evaluation with --out goes on if you give the command with --resume",
+    "train": "; it goes on from its last checkpoint if you give the command with --resume",
+}
 _given: ContextVar[list[str]] = ContextVar("given")
 
 app = typer.Typer(
@@ -46,7 +50,7 @@ def run(arguments: list[str]) -> int:
         _say("error: this is a fault of robustlearn; please report it with the lines above")
         return 1
     if result == INTERRUPTED:
-        _say("stopped; an evaluation with --out goes on if you give the command with --resume")
+        _say("stopped" + next((GOES_ON[word] for word in arguments if word in GOES_ON), ""))
     return result if isinstance(result, int) else 0
 
 
@@ -275,7 +279,9 @@ def train(
         str | None, typer.Option(help="Weights of the losses of classes, as 1,9; or balanced.")
     ] = None,
     extra: Annotated[str | None, typer.Option(help="More data, mixed into each batch.")] = None,
-    extra_share: Annotated[float, typer.Option(help="Its share of a batch.")] = 0.3,
+    extra_share: Annotated[
+        float | None, typer.Option(help="Its share of a batch; if not said, 0.3.")
+    ] = None,
     awp: Annotated[float, typer.Option(help="γ of adversarial weight perturbation.")] = 0.0,
     ema: Annotated[float | None, typer.Option(help="Decay of a running mean of weights.")] = None,
     precision: Annotated[str, typer.Option(help="float32, bf16 or fp16.")] = "float32",
@@ -323,10 +329,12 @@ def train(
     It runs where Accelerate finds an accelerator; with ACCELERATE_USE_CPU=1 on the CPU.
     """
     from robustlearn.cli import inputs, training
+    from robustlearn.loop.randomness import seeded
     from robustlearn.train import fit
 
     samples, _ = inputs.samples(data, target, limit, seed, part="train")
-    network = training.network(inputs.model(model, task=None, allow_pickle=allow_pickle))
+    with seeded(seed):
+        network = training.network(inputs.model(model, task=None, allow_pickle=allow_pickle))
     columns = samples.feature_names
     another = functools.partial(training.another, like=samples, target=target)
     threat = inputs.threat(norm, eps, lower, upper, features=features, columns=columns)
@@ -344,8 +352,8 @@ def train(
         weight_decay=weight_decay,
         schedule=schedule,
         ramp=ramp,
-        memory=memory_file or memory,
-        criterion=training.criterion(criterion, smoothing, class_weights, samples.y),
+        memory=training.memory(memory, memory_file),
+        criterion=training.criterion(criterion, smoothing, class_weights, samples, network),
         awp=awp,
         crafting=crafting,
         on_overfitting=on_overfitting,

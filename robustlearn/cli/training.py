@@ -7,14 +7,16 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.text import Text
-from torch import nn
+from torch import Tensor, nn
 
 from robustlearn.data import Dataset, load
 from robustlearn.errors import InputError
 from robustlearn.loop import Samples
-from robustlearn.models import Model, TorchModel
+from robustlearn.models import Model, TorchModel, labels
 from robustlearn.train import Criterion, TrainingResult
+from robustlearn.train.givens import judged
 
+EXTRA_SHARE = 0.3
 Pair = tuple[np.ndarray, np.ndarray]
 
 
@@ -51,29 +53,51 @@ def share(text: str) -> float | None:
         return None
 
 
-def mixed(data: Dataset, extra: Pair | None, ratio: float) -> Any:
+def mixed(data: Dataset, extra: Pair | None, ratio: float | None) -> Any:
     """Return what is trained on: the data, and --extra in each batch."""
     pair = (data.x, data.y)
-    return pair if extra is None else Samples(pair, extra=extra, ratio=ratio)
+    if extra is not None:
+        return Samples(pair, extra=extra, ratio=EXTRA_SHARE if ratio is None else ratio)
+    if ratio is not None:
+        raise InputError("--extra-share is the share of --extra in a batch: say which data that is")
+    return pair
+
+
+def memory(kept: bool | None, file: Path | None) -> bool | Path | None:
+    """Return where perturbations are kept, by --memory, --no-memory and --memory-file."""
+    if kept is False and file is not None:
+        raise InputError("--no-memory keeps no perturbations, in --memory-file neither: say one")
+    return file or kept
 
 
 def criterion(
-    kind: str | None, smoothing: float, weights: str | None, y: np.ndarray
+    kind: str | None, smoothing: float, weights: str | None, data: Dataset, net: nn.Module
 ) -> Criterion | None:
     """Return the loss of --criterion, --smoothing and --class-weights.
 
-    None for what the labels suggest. Balanced weights are n / (K nₖ) of the nₖ samples of a class.
+    None for what the labels suggest.
     """
     if kind is None and smoothing == 0 and weights is None:
         return None
     if weights is None:
         return Criterion(kind or "cross_entropy", smoothing)
     if weights == "balanced":
-        counts = np.bincount(np.asarray(y, dtype=np.int64))
-        chosen = len(y) / (len(counts) * np.maximum(counts, 1))
+        chosen = _balanced(data, net)
     else:
-        chosen = np.array([_weight(part) for part in weights.split(",")])
-    return Criterion(kind or "cross_entropy", smoothing, weights=torch.from_numpy(chosen))
+        chosen = torch.tensor([_weight(part) for part in weights.split(",")], dtype=torch.float64)
+    return Criterion(kind or "cross_entropy", smoothing, weights=chosen)
+
+
+def _balanced(data: Dataset, net: nn.Module) -> Tensor:
+    """n / (K nₖ) for the nₖ of n samples in class k of the K that the network has.
+
+    A class without samples has the weight of one with a single sample, which nothing meets.
+    """
+    model, dtype = judged(net, Criterion()), next(net.parameters()).dtype
+    with model.session():
+        y = labels(model, torch.as_tensor(data.x).to(dtype), data.y)
+    counts = torch.bincount(y, minlength=int(model.num_classes or 0))
+    return len(y) / (len(counts) * counts.double().clamp_min(1))
 
 
 def _weight(text: str) -> float:

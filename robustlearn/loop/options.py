@@ -1,10 +1,6 @@
 """The options of a run, what they must be, and what must not change on resume."""
 
-import ast
-import hashlib
-import inspect
 import json
-import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from robustlearn.errors import InputError
+from robustlearn.loop.code import code_hash
 from robustlearn.loop.samples import Samples
 from robustlearn.loop.schedules import rate
 from robustlearn.loop.sides import plain
@@ -60,7 +57,7 @@ class Options:
             raise InputError(f"clip is the largest norm of a gradient, above 0; got {self.clip}")
         rate(self.schedule, 0.0)
         if not validated and (self.patience is not None or self.figure is not None):
-            raise InputError("patience and figure look at validation figures: give validate too")
+            raise InputError("patience and figure look at what validate finds: give that too")
         if strangers := sorted(set(game.optimizers) - set(game.modules)):
             raise InputError(
                 f"the optimizers {strangers} belong to no module; the game has {list(game.modules)}"
@@ -119,11 +116,8 @@ def _class(part: nn.Module) -> str:
     kind = type(part)
     if kind.__module__.startswith("torch."):
         return f"{kind.__qualname__}({part.extra_repr()})"
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
-    except (OSError, TypeError, SyntaxError):  # typed in at a prompt, or made on the way
-        return kind.__qualname__
-    return f"{kind.__qualname__} {hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:8]}"
+    code = code_hash(kind)
+    return kind.__qualname__ if code is None else f"{kind.__qualname__} {code}"
 
 
 def _short(value: Any) -> str:

@@ -142,6 +142,8 @@ def play(
         figure=figure,
     )
     options.check(game, validated=validate is not None)
+    if resume and out is None:
+        raise InputError("resume goes on with the run in a folder: give that as out")
     asked = {**options.asked(game, drawn), "settings": dict(settings or {})}
     record = None if out is None else Record(Path(out), asked)
     ranks = Ranks(timeout=timeout, trackers=trackers, out=out, pin_memory=pin_memory, shard=shard)
@@ -309,10 +311,10 @@ class _Run:
         for index in parts:
             try:
                 x, y = next(fetched)
-            except Exception as error:
+            except InputError as error:
+                advice = "" if self.record is None else " and resume: the last checkpoint is whole"
                 raise InputError(
-                    f"the data raised {type(error).__name__} in epoch {at.epoch}, step {at.step}: "
-                    f"{error}. Mend it and resume: the last checkpoint is whole"
+                    f"epoch {at.epoch}, step {at.step}: {error}. Mend it{advice}"
                 ) from error
             yield index, send(x), send(y)
 

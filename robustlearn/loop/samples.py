@@ -1,6 +1,7 @@
 """Which samples are in which batch, and how they are fetched."""
 
 import copy
+import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,15 +13,15 @@ from torch import Tensor
 from torch.utils.data import (
     ConcatDataset,
     DataLoader,
-    Dataset,
-    IterableDataset,
     Subset,
     TensorDataset,
+    default_collate,
 )
 
-from robustlearn import _tensor
 from robustlearn.errors import InputError
-from robustlearn.loop.randomness import generator, mixed, seeded
+from robustlearn.loop import sources
+from robustlearn.loop.randomness import generator, mixed
+from robustlearn.loop.sources import Pair
 
 CHUNK = 256  # samples that are fetched at a time to be held out
 Augment = Callable[[Tensor, Tensor], Tensor]
@@ -54,10 +55,10 @@ class Samples:
     Parameters
     ----------
     data : a pair (x, y) or x alone, as arrays or tensors; a torch ``Dataset`` of pairs (x, y); or a
-        ``DataLoader``, of which dataset, batch_size, collate_fn, num_workers and pin_memory are
-        used: its sampler is replaced.
+        ``DataLoader`` in batches, of which dataset, batch_size, collate_fn, num_workers and
+        pin_memory are used.
     weights : class -> weight (labels in memory are needed), or one weight per sample.
-    extra : more data of the same kind, mixed in.
+    extra : more data of the same kind, mixed in; of a ``DataLoader`` its dataset is.
     ratio : the share of extra samples in a batch, 0 ≤ ratio < 1.
     augment : (x, keys) -> x on the device, with one random key per sample
         (``robustlearn._tensor.uniform`` and ``normal`` make numbers of them).
@@ -65,7 +66,8 @@ class Samples:
     Raises
     ------
     InputError for data without samples, x and y of different lengths, a data set without
-    numbered samples, a weight that is negative or of a class without samples.
+    numbered samples, a ``DataLoader`` whose sampler picks among them, a weight that is negative or
+    of a class without samples; and when samples are fetched, for data that raises.
 
     Examples
     --------
@@ -84,20 +86,28 @@ class Samples:
         augment: Augment | None = None,
     ) -> None:
         self.batch_size: int | None = None
-        self._dtype: torch.dtype | None = None
+        self._cast: Callable[[Pair], Pair] = sources.as_it_is
         self.augment, self.ratio = augment, ratio
         self._loading: dict[str, Any] = {}
         if isinstance(data, DataLoader):
-            self.batch_size = data.batch_size
+            self.batch_size = sources.plain_batches(data)
             self._loading = {
                 "collate_fn": data.collate_fn,
                 "num_workers": data.num_workers,
                 "pin_memory": data.pin_memory,
             }
             data = data.dataset
-        self._sources = [_source(part) for part in ([data] if extra is None else [data, extra])]
-        self._lengths = [_length(source) for source in self._sources]
-        _check_alike(self._sources)
+        if isinstance(data, Samples) or isinstance(extra, Samples):
+            raise InputError(
+                "data and extra must be data, not samples; weights and augment belong to the whole"
+            )
+        if isinstance(extra, DataLoader):
+            sources.plain_batches(extra)
+            extra = extra.dataset
+        given = [data] if extra is None else [data, extra]
+        self._sources = [sources.source(part) for part in given]
+        self._lengths = [sources.length(source) for source in self._sources]
+        sources.check_alike(self._sources)
         self._cumulated = None if weights is None else self._weights(weights).cumsum(0)
         if not (0 <= ratio < 1 and (ratio > 0) == (extra is not None)):
             raise InputError(
@@ -110,11 +120,14 @@ class Samples:
         """Return data as samples, if it is not so already."""
         return data if isinstance(data, Samples) else cls(data)
 
-    def typed(self, dtype: torch.dtype) -> "Samples":
-        """Return the samples with x and y in ``dtype``, whole y as int64."""
+    def typed(self, dtype: torch.dtype, *, classes: bool = False) -> "Samples":
+        """Return the samples with x and y in ``dtype``, y of an integer type as int64.
+
+        With ``classes`` all y are int64; an InputError, now or when fetched, for fractions.
+        """
         typed = copy.copy(self)
-        typed._dtype = dtype
-        typed._sources = [_cast(part, dtype) if _held(part) else part for part in self._sources]
+        typed._cast = functools.partial(sources.cast, dtype=dtype, classes=classes)
+        typed._sources = [typed._cast(one) if sources.held(one) else one for one in self._sources]
         return typed
 
     def split(self, out: Tensor) -> tuple["Samples", tuple[Tensor, Tensor]]:
@@ -123,10 +136,10 @@ class Samples:
         stays = torch.ones(len(self), dtype=torch.bool)
         stays[out] = False
         left, rest = stays.nonzero().squeeze(1), copy.copy(self)
-        source = self._sources[0]
-        kept = _taken(source, left) if _held(source) else Subset(source, left.tolist())
+        own = self._sources[0]
+        kept = sources.taken(own, left) if sources.held(own) else Subset(own, left.tolist())
         rest._sources = [kept, *self._sources[1:]]
-        rest._lengths = [_length(kept), *self._lengths[1:]]
+        rest._lengths = [sources.length(kept), *self._lengths[1:]]
         if self._cumulated is not None:
             weights = torch.diff(self._cumulated, prepend=self._cumulated.new_zeros(1))
             rest._cumulated = weights[left].cumsum(0)
@@ -144,17 +157,17 @@ class Samples:
     @property
     def in_memory(self) -> bool:
         """Whether all samples are tensors, and none is fetched from a data set."""
-        return all(_held(source) for source in self._sources)
+        return all(sources.held(source) for source in self._sources)
 
     def labels(self) -> list[Tensor]:
         """Return y of the data and of the extra data, of what is in memory."""
-        return [source[1] for source in self._sources if _held(source) and source[1].numel()]
+        return [source[1] for source in self._sources if sources.held(source) and source[1].numel()]
 
     def fingerprint(self) -> str:
         """Return a hash of the sizes, the options and of all samples in memory."""
         facts = [self._lengths, self.ratio, self.augment is not None]
         digest = hashlib.sha256(repr(facts).encode())
-        for values in itertools.chain(*(part for part in self._sources if _held(part))):
+        for values in itertools.chain(*(part for part in self._sources if sources.held(part))):
             rows = values.cpu().contiguous()
             digest.update(rows.reshape(-1).view(torch.uint8).numpy().data)
         if self._cumulated is not None:
@@ -179,9 +192,13 @@ class Samples:
 
     def fetch(self, batches: list[Tensor], seed: int, epoch: int) -> Iterator[tuple[Any, Any]]:
         """Yield x and y of the given sample numbers, batch by batch."""
-        pairs = self._pairs(batches, seed, epoch)
-        dtype = self._dtype
-        return pairs if dtype is None else (_cast(pair, dtype) for pair in pairs)
+        try:
+            for pair in self._pairs(batches, seed, epoch):
+                yield self._cast(pair)
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"the data raised {type(error).__name__}: {error}") from error
 
     def _fetched(self, index: Tensor) -> tuple[Tensor, Tensor]:
         return next(self.fetch([index], 0, 0))
@@ -189,15 +206,22 @@ class Samples:
     def _pairs(self, batches: list[Tensor], seed: int, epoch: int) -> Iterator[tuple[Any, Any]]:
         if self.in_memory:
             return ((self._rows(index, 0), self._rows(index, 1)) for index in batches)
-        parts = [TensorDataset(*part) if _held(part) else part for part in self._sources]
+        parts = [TensorDataset(*part) if sources.held(part) else part for part in self._sources]
         plan = [[(int(i), mixed(seed, "sample", epoch, int(i))) for i in b] for b in batches]
         loader = DataLoader(
-            _Seeded(ConcatDataset(parts)),
+            sources.Seeded(ConcatDataset(parts), self._item()),
             batch_sampler=plan,
             generator=generator(seed, "loader", epoch),
             **self._loading,
         )
-        return (_pair(collated) for collated in loader)
+        return (sources.pair(collated) for collated in loader)
+
+    def _item(self) -> Callable[[Any], Any]:
+        """Return what makes items of several sources go into one batch, if torch collates them."""
+        plain = self._loading.get("collate_fn", default_collate) is default_collate
+        if len(self._sources) == 1 or not plain:
+            return sources.as_it_is
+        return functools.partial(sources.item, cast=self._cast)
 
     def _plan(self, batch_size: int) -> tuple[int, int]:
         """Return the number of steps of an epoch, and how many samples of it are extra."""
@@ -230,7 +254,7 @@ class Samples:
 
     def _per_class(self, weights: Mapping[int, float]) -> Tensor:
         source = self._sources[0]
-        if not _held(source) or source[1].dim() != 1:
+        if not sources.held(source) or source[1].dim() != 1:
             raise InputError(
                 "weights of classes need the labels in memory as (n,); give one weight per sample"
             )
@@ -256,82 +280,3 @@ class Samples:
         rows[own.to(rows.device)] = first[index[own].to(first.device)]
         rows[~own.to(rows.device)] = more[(index[~own] - len(self)).to(more.device)].to(rows)
         return rows
-
-
-class _Seeded(Dataset):
-    """A data set whose random numbers are a function of the sample's own seed.
-
-    Otherwise augmentations that draw from global streams would depend on which worker had
-    fetched what before, and a resumed run would see other images.
-    """
-
-    def __init__(self, samples: Dataset) -> None:
-        self._samples = samples
-
-    def __getitem__(self, number: tuple[int, int]) -> Any:
-        index, seed = number
-        with seeded(seed):
-            return self._samples[index]
-
-
-def _source(data: Any) -> Any:
-    """Return a pair of tensors, or a data set with numbered samples."""
-    if isinstance(data, Samples):
-        raise InputError("extra must be data, not samples; weights and augment belong to the whole")
-    if isinstance(data, IterableDataset):
-        raise InputError(
-            "the samples of an IterableDataset have no numbers, so that its batches could not be "
-            "drawn nor resumed; give a data set with __getitem__ and __len__"
-        )
-    if isinstance(data, Dataset):
-        return data
-    pair = data if isinstance(data, tuple | list) and len(data) == 2 else (data, None)
-    x = _tensor.as_tensor(pair[0])
-    y = x.new_empty(len(x), 0) if pair[1] is None else _tensor.as_tensor(pair[1], "y")
-    if len(x) != len(y):
-        raise InputError(f"x has {len(x)} samples, y has {len(y)}; expected as many")
-    return x, y
-
-
-def _cast(pair: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    x, y = pair
-    return x.to(dtype), y.to(dtype) if y.is_floating_point() else y.long()
-
-
-def _taken(pair: tuple[Tensor, Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
-    x, y = pair
-    return x[index.to(x.device)], y[index.to(y.device)]
-
-
-def _check_alike(sources: list[Any]) -> None:
-    """Raise an InputError for data and extra data in memory that do not go into one batch."""
-    if len(sources) < 2 or not all(_held(source) for source in sources):
-        return
-    for name, own, more in zip("xy", *sources, strict=True):
-        if own.shape[1:] != more.shape[1:]:
-            raise InputError(
-                f"extra data must be of the same kind: a sample's {name} has shape "
-                f"{tuple(own.shape[1:])} in the data, {tuple(more.shape[1:])} in the extra data"
-            )
-
-
-def _held(source: Any) -> bool:
-    return isinstance(source, tuple)
-
-
-def _length(source: Any) -> int:
-    length = len(source[0]) if _held(source) else len(source)
-    if length == 0:
-        raise InputError("the data holds no sample; expected at least one")
-    return length
-
-
-def _pair(collated: Any) -> tuple[Any, Any]:
-    """Return x and y of what a data loader gives, which may be x alone."""
-    if isinstance(collated, Tensor):
-        return collated, collated.new_empty(len(collated), 0)
-    if isinstance(collated, tuple | list) and len(collated) == 2:
-        return torch.as_tensor(collated[0]), torch.as_tensor(collated[1])
-    raise InputError(
-        f"a data set must give pairs (x, y), or x alone; got {type(collated).__name__}"
-    )

@@ -1,6 +1,7 @@
 """What `fit` is given: judged, cast and split before the first step."""
 
 import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -110,6 +111,8 @@ def givens(
     told = CHOSE if test is None else "test"
     if whole is not None:
         samples = Samples(_typed(whole, judge, net))
+    elif judge.classifies:
+        samples = samples.typed(dtype, classes=True)
     if isinstance(validation, Real):
         held = share("validation", float(validation))
         samples, choosing, rest = _split(samples, held, seed, halved=test is None)
@@ -131,6 +134,18 @@ def fingerprint(held: Held | None) -> str | None:
     for values in held:
         digest.update(values.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def in_full(threat: LpBall) -> dict[str, Any]:
+    """Return a threat as plain values that differ if the sets do; arrays are hashed."""
+    return {
+        name: _hashed(value) if isinstance(value, list) else value
+        for name, value in threat.describe().items()
+    }
+
+
+def _hashed(values: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
 def share(name: str, value: float) -> float:
@@ -217,8 +232,6 @@ def _check_labels(model: Model, x: Tensor, labels: Sequence[Tensor]) -> None:
     with model.session(), torch.no_grad():
         model(x)
     for y in labels:
-        if y.is_floating_point():
-            raise InputError(f"y holds classes as {y.dtype}; expected whole numbers: give y.long()")
         check_range(model, y)
 
 

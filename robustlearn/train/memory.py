@@ -26,12 +26,13 @@ class Memory:
     samples : their number; shape : of one.
     file : where to keep them on disk, as a memory map; None for main memory. It is made when
         it is first asked for, and a checkpoint holds a copy of it.
-    resume : whether the file may be there already, from the run that goes on.
+    resume : whether a run is asked to go on, whose file may be there already.
+    begun : whether that run has a checkpoint; else nothing was put yet, and the file holds zeros.
 
     Raises
     ------
     InputError if there are no samples, if the file exists and no run is resumed or it is of other
-    samples, and if its folder is missing.
+    samples or of another run, and if its folder is missing.
 
     Notes
     -----
@@ -46,12 +47,13 @@ class Memory:
         file: Path | None = None,
         *,
         resume: bool = False,
+        begun: bool = True,
     ) -> None:
         if samples < 1:
             raise InputError(f"perturbations are kept of at least one sample; got {samples}")
         self._size, self._file = (samples, *shape), file
         if file is not None:
-            _check_file(file, self._size, resume)
+            _check_file(file, self._size, resume, begun)
 
     @functools.cached_property
     def kept(self) -> Tensor:
@@ -73,7 +75,7 @@ class Memory:
         self.kept[index.cpu()] = delta.detach().to("cpu", torch.bfloat16)
 
 
-def _check_file(file: Path, size: tuple[int, ...], resume: bool) -> None:
+def _check_file(file: Path, size: tuple[int, ...], resume: bool, begun: bool) -> None:
     """Raise an InputError where a store cannot be made without loss."""
     if not file.parent.is_dir():
         raise InputError(f"there is no folder {file.parent} to keep perturbations in; make it")
@@ -94,10 +96,15 @@ def _check_file(file: Path, size: tuple[int, ...], resume: bool) -> None:
             f"{file} holds {held[1]} of shape {held[0]}; expected perturbations of this run, int16 "
             f"of shape {size}: name its own file"
         )
+    if not begun and found.any():
+        raise InputError(
+            f"{file} holds perturbations of another run, and this one has no checkpoint to go on "
+            "from: name another file, or delete it"
+        )
 
 
-def memory_of(samples: Samples, file: Path | None, *, resume: bool) -> Memory:
-    """Return a memory for samples that look the same in every epoch.
+def memory_of(samples: Samples, file: Path | None, *, resume: bool, begun: bool) -> Memory:
+    """Return a memory for samples that look the same in every epoch; options as of `Memory`.
 
     Raises
     ------
@@ -108,7 +115,7 @@ def memory_of(samples: Samples, file: Path | None, *, resume: bool) -> Memory:
     if file is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("several processes cannot keep perturbations in one file: memory=True")
     x, _ = next(samples.fetch([torch.tensor([0])], 0, 0))
-    return Memory(samples.numbered, tuple(x.shape[1:]), file, resume=resume)
+    return Memory(samples.numbered, tuple(x.shape[1:]), file, resume=resume, begun=begun)
 
 
 def moves_in_steps(threat: LpBall) -> bool:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from robustlearn.errors import InputError
 from robustlearn.evaluate import Report, evaluate, plan
 from robustlearn.evaluate.sharing import Shares, first
-from robustlearn.loop import History, Moment, play
+from robustlearn.loop import History, Moment, checkpoint, play
+from robustlearn.loop.sides import plain
 from robustlearn.models import TorchModel
 from robustlearn.registry import NOT_NEGATIVE, POSITIVE, check_options
 from robustlearn.report import write_training
@@ -25,6 +26,7 @@ from robustlearn.train.givens import (
     check_threat,
     fingerprint,
     givens,
+    in_full,
     judged,
     network_of,
     share,
@@ -144,7 +146,8 @@ def fit(
         with a pair for ``validation``, the report is about that pair, and says so: it is biased
         upwards by the choice.
     batch_size : 64 by default: small batches do better than large ones at equal cost.
-    optimizer : ``"adamw"``, ``"sgd"`` (Nesterov, momentum 0.9), or ``parameters -> Optimizer``.
+    optimizer : ``"adamw"``, ``"sgd"`` (Nesterov, momentum 0.9), or ``parameters -> Optimizer``,
+        whose own lr and weight_decay count.
     lr : the peak of ``schedule``. The default is cautious: convolutional networks of 166,000
         parameters did better with 4e-3 (table 1 of benchmarks/training.py).
     schedule, seed, out, **options : as for `robustlearn.loop.play` (resume, patience, precision,
@@ -190,7 +193,7 @@ def fit(
     """
     numbers = {"lr": lr, "weight_decay": weight_decay, "awp": awp}
     check_options("fit", numbers, dict.fromkeys(numbers, NOT_NEGATIVE) | {"lr": POSITIVE})
-    _check_rollback(on_overfitting, validation, options.get("ema"))
+    _check_rollback(on_overfitting, options.get("ema"))
     if crafting not in CRAFTING:
         raise InputError(f"crafting is one of None, 'float32' and 'bf16'; got {crafting!r}")
     if attacks is not None:
@@ -200,6 +203,8 @@ def fit(
     check_threat(threat, name, validated=validation is not None)
     given = givens(net, train, validation, test, threat, criterion, seed)
     samples, judge = given.samples, given.criterion
+    if given.choosing is None:
+        _tell_none_held_out(on_overfitting, options.get("patience"), validation, len(samples))
     starts = memory is not False and judge.classifies and not moves_in_steps(threat)
     starts = starts and (memory is not None or unchanging(samples))
     if objective is None:
@@ -207,6 +212,7 @@ def fit(
         name, chosen = options_of(objective)
     kept = starts and OBJECTIVES[name].facts["keeps"]
     file = None if isinstance(memory, bool | None) else Path(memory)
+    begun = out is not None and checkpoint.exists(Path(out))
     if replays_of(name, chosen) > 1 and options.get("accumulate", 1) > 1:
         raise InputError(f"{name} steps after each replay, and cannot accumulate: accumulate=1")
     game = RobustGame(
@@ -217,7 +223,9 @@ def fit(
         threat=threat,
         criterion=judge,
         ramp=share("ramp", ramp),
-        memory=memory_of(samples, file, resume=bool(options.get("resume"))) if kept else None,
+        memory=memory_of(samples, file, resume=bool(options.get("resume")), begun=begun)
+        if kept
+        else None,
         awp=awp,
         guarded=on_overfitting == "rollback",
         settled=math.ceil(ramp * epochs),
@@ -228,11 +236,10 @@ def fit(
     settings = {
         "objective": objective,
         "threat": str(threat),
+        "threat_in_full": in_full(threat),
         "epochs": epochs,
         "batch_size": size,
-        "optimizer": type(game.optimizers["model"]).__name__,
-        "lr": lr,
-        "weight_decay": weight_decay,
+        **_told_of_optimizer(game.optimizers["model"]),
         "schedule": schedule,
         "seed": seed,
         "ramp": ramp,
@@ -349,6 +356,20 @@ def _optimizer(
     raise InputError(f"an optimizer is adamw, sgd or a function of parameters; got {chosen!r}")
 
 
+def _told_of_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return its rates as plain values, one for each group of parameters if these differ."""
+
+    def told(name: str) -> Any:
+        values = [plain(group).get(name) for group in optimizer.param_groups]
+        return values[0] if all(value == values[0] for value in values) else values
+
+    return {
+        "optimizer": type(optimizer).__name__,
+        "lr": told("lr"),
+        "weight_decay": told("weight_decay"),
+    }
+
+
 def _told_of(criterion: Criterion) -> dict[str, Any]:
     """Return a criterion as plain values, the weights of classes as a list."""
     weights = criterion.weights
@@ -360,11 +381,26 @@ def _told_of(criterion: Criterion) -> dict[str, Any]:
     }
 
 
-def _check_rollback(policy: str, validation: Any, ema: float | None) -> None:
+def _tell_none_held_out(policy: str, patience: int | None, validation: Any, samples: int) -> None:
+    """Raise an InputError for options that look at samples held out; warn if some were meant."""
+    needing = [f"patience={patience}"] if patience is not None else []
+    needing += ["on_overfitting='rollback'"] if policy == "rollback" else []
+    if needing:
+        raise InputError(
+            f"{' and '.join(needing)} look at samples held out, and validation={validation} holds "
+            f"out none of {samples}: give a larger share, or a pair (x, y)"
+        )
+    if validation:
+        warnings.warn(
+            f"validation={validation:g} holds out none of {samples} samples: the last epoch counts "
+            "as the best, and without test there is no report; give a larger share, or a pair",
+            stacklevel=3,
+        )
+
+
+def _check_rollback(policy: str, ema: float | None) -> None:
     if policy not in ON_OVERFITTING:
         raise InputError(f"on_overfitting is one of {', '.join(ON_OVERFITTING)}; got {policy!r}")
-    if policy == "rollback" and validation is None:
-        raise InputError("on_overfitting='rollback' needs validation, which tells of overfitting")
     if policy == "rollback" and ema is not None:
         raise InputError(
             "on_overfitting='rollback' returns to single weights, not to their mean: leave out ema"
