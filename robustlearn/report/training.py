@@ -43,13 +43,23 @@ def training_page(document: dict[str, Any]) -> str:
     ]
     return str(
         template("training.html").render(
-            t={**document, "rows": rows},
+            t={**document, "rows": rows, "settings": _shown(document["settings"])},
             columns=columns,
             lead=_lead(document),
             bracket=_bracket(document["evaluated"]),
             figures=[pair for pair in drawn if pair[1] is not None],
         )
     )
+
+
+def _shown(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings; those in parts as text."""
+    return {
+        name: ", ".join(f"{part} {held}" for part, held in value.items())
+        if isinstance(value, dict)
+        else value
+        for name, value in settings.items()
+    }
 
 
 def _bracket(evaluated: dict[str, Any] | None) -> str:
