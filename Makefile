@@ -29,7 +29,9 @@ bench: .venv/peers
 	$(BIN)/python benchmarks/certify.py --full --out benchmarks/results/certify.csv
 	$(BIN)/python benchmarks/certify_trees.py --full --out benchmarks/results/certify_trees.csv
 	$(BIN)/python benchmarks/certify_smoothing.py --full --out benchmarks/results/certify_smoothing.csv
-	$(BIN)/python benchmarks/gan.py --full --out benchmarks/results/gan.csv
+	$(BIN)/python benchmarks/gan.py --full --table 1 --out benchmarks/results/gan_ring.csv
+	$(BIN)/python benchmarks/gan.py --full --table 2 --out benchmarks/results/gan_grid.csv
+	$(BIN)/python benchmarks/gan.py --full --table 3 --out benchmarks/results/gan_losses.csv
 	$(BIN)/python benchmarks/loop_overhead.py --full --out benchmarks/results/loop_overhead.csv
 	ROBUSTLEARN_IMAGES=mnist $(BIN)/python benchmarks/training.py --full --table 1 --out benchmarks/results/training_mnist.csv
 	ROBUSTLEARN_IMAGES=fashion_mnist $(BIN)/python benchmarks/training.py --full --table 1 --out benchmarks/results/training_fashion.csv
