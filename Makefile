@@ -35,8 +35,10 @@ bench: .venv/peers
 	$(BIN)/python benchmarks/loop_overhead.py --full --out benchmarks/results/loop_overhead.csv
 	ROBUSTLEARN_IMAGES=mnist $(BIN)/python benchmarks/training.py --full --table 1 --out benchmarks/results/training_mnist.csv
 	ROBUSTLEARN_IMAGES=fashion_mnist $(BIN)/python benchmarks/training.py --full --table 1 --out benchmarks/results/training_fashion.csv
+	ROBUSTLEARN_IMAGES=digits $(BIN)/python benchmarks/training.py --full --table 1 --out benchmarks/results/training_digits.csv
 	$(BIN)/python benchmarks/training.py --full --table 2 --out benchmarks/results/training_recipe.csv
 	$(BIN)/python benchmarks/training.py --full --table 3 --out benchmarks/results/training_linear.csv
+	ROBUSTLEARN_IMAGES=mnist $(BIN)/python benchmarks/training.py --full --table 4 --out benchmarks/results/training_formats.csv
 	$(BIN)/python benchmarks/training_peers.py --full --out benchmarks/results/training_peers.csv
 	$(BIN)/python benchmarks/training_cost.py --full --table 1 --out benchmarks/results/training_overhead.csv
 	$(BIN)/python benchmarks/training_cost.py --full --table 2 --out benchmarks/results/training_precision.csv
