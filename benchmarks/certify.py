@@ -27,7 +27,7 @@ from robustlearn.certify.complete import Property, decide
 from robustlearn.certify.relax import Region
 from robustlearn.models import onnx
 from robustlearn.models.trace import trace
-from robustlearn.train import fit
+from robustlearn.train import fit, interval_init_
 
 FOLDER = Path(os.environ.get("ROBUSTLEARN_DATA", Path(__file__).parents[2] / "shared" / "data"))
 BOX = {"lower": 0.0, "upper": 1.0}
@@ -139,8 +139,8 @@ def training(full: bool, seed: int) -> Rows:
         )
         threat, start = rl.LpBall(math.inf, eps, **BOX), clocks()
         fit(
-            net, (x, y), threat, objective=objective, epochs=12, lr=2e-3, ramp=0.6, seed=seed,
-            memory=False, validation=None,
+            interval_init_(net), (x, y), threat, objective=objective, epochs=40, batch_size=128,
+            ramp=0.6, seed=seed, validation=None, attacks=None,
         )  # fmt: skip
         spent = since(start)
         test, labels = images("mnist", 1000)

@@ -9,6 +9,8 @@ import torch
 from evaluations import case, told
 from test_loop_ranks import launch
 
+from robustlearn.certify import Certificate
+
 
 @pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def found(request, tmp_path_factory):
@@ -49,6 +51,17 @@ def test_processes_find_what_one_finds(found, name):
 def test_each_certifies_its_share(found):
     numbers = [part["certified here"] for part in found[0]]
     assert sum(sum(part) for part in numbers) == evaluations.N
+
+
+def test_a_certificate_of_parts_is_exact_if_all_are():
+    radii = (np.array([0, 2]), [1.0, 3.0]), (np.array([1]), [2.0])
+    parts = [
+        (rows, Certificate("trees", exact=len(found) == 2, radius=np.array(found)))
+        for rows, found in radii
+    ]
+    assert Certificate.joined(parts).radius.tolist() == [1.0, 2.0, 3.0]
+    assert not Certificate.joined(parts).exact
+    assert Certificate.joined(parts[:1]).exact
 
 
 def test_what_one_refuses_all_refuse(found):

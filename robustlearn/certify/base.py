@@ -61,7 +61,10 @@ class Certificate:
 
     @staticmethod
     def joined(parts: Sequence[tuple[np.ndarray, "Certificate"]]) -> "Certificate":
-        """Return one certificate, made by one method of parts with the numbers of their samples."""
+        """Return one certificate, made by one method of parts with the numbers of their samples.
+
+        It is exact if all parts are.
+        """
         every, found = np.concatenate([numbers for numbers, _ in parts]), parts[0][1]
         _, order = np.unique(every, return_index=True)
         whole: dict[str, Any] = {}
@@ -69,7 +72,7 @@ class Certificate:
             if isinstance(getattr(found, field.name), np.ndarray):
                 values = [getattr(part, field.name) for _, part in parts]
                 whole[field.name] = np.concatenate(values)[order]
-        return replace(found, **whole)
+        return replace(found, exact=all(part.exact for _, part in parts), **whole)
 
 
 def applicable(model: Model, threat: LpBall, x: Tensor) -> list[str]:

@@ -50,7 +50,7 @@ def run(arguments: list[str]) -> int:
         _say("error: this is a fault of robustlearn; please report it with the lines above")
         return 1
     if result == INTERRUPTED:
-        _say("stopped" + next((GOES_ON[word] for word in arguments if word in GOES_ON), ""))
+        _say("stopped" + GOES_ON.get(arguments[0], ""))
     return result if isinstance(result, int) else 0
 
 
