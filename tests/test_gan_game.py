@@ -238,6 +238,19 @@ def test_an_auxiliary_classifier_makes_labels_count():
     assert obeyed[0] < 0.8
 
 
+def test_penalties_fall_to_their_own_weight():
+    critic = nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        critic.weight.copy_(torch.tensor([[3.0, 4.0]]))
+    result = fitted(
+        networks()[0], critic, penalty="r1:weight=0.1", anneal=16.0, epochs=5, batch_size=256,
+        optimizer="sgd", lr=1e-12,
+    )  # fmt: skip
+    costs = [row["metrics"]["penalty"] for row in result.history.rows]
+    assert costs == pytest.approx([1.25 * factor for factor in (16, 8, 4, 2, 1)])
+    assert result.game.settled == 4
+
+
 def test_packs_reach_the_critic():
     generator, critic = networks(packing=3)
     seen = []

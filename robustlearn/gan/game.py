@@ -15,6 +15,7 @@ from robustlearn.gan.regularizers import Penalty, packed
 from robustlearn.gan.updates import frozen, looking_ahead, unrolled
 
 ORDERS = ("alternating", "simultaneous", "extragradient")
+ANNEALED = 0.8  # share of training after which penalties have their own weights
 CRITIC_NOISE, GENERATOR_NOISE, PENALTY_NOISE = range(3)  # purposes of a sample's random key
 Critic = Callable[..., Any]
 Metrics = dict[str, Tensor]
@@ -76,6 +77,9 @@ class GanGame:
     noise : number of features of z, which is standard normal.
     loss : the losses of both.
     penalties : on the critic's gradient, added to its loss.
+    anneal : they weigh so many times more at the start, a factor that falls geometrically to 1
+        during the first 0.8 of training: a flat critic first moves the generator to every mode,
+        a steep one then sharpens them.
     order : ``"alternating"``: the critic moves, then the generator. ``"simultaneous"``: both at
         once. ``"extragradient"``: both at once, along the gradient where their next step leads.
     critic_steps : the generator moves in every so-manieth step; each step has a batch of its own.
@@ -84,6 +88,7 @@ class GanGame:
         at the critic's learning rate; the points of penalties are held fixed there.
     conditional : whether labels y are the second argument of both.
     auxiliary : weight of the cross-entropy of the critic's ``classes``; 0 for none.
+    settled : the epochs after which it no longer changes.
     epoch : the last one that was played.
     """
 
@@ -92,13 +97,16 @@ class GanGame:
     noise: int
     loss: Pair
     penalties: list[Penalty] = field(default_factory=list)
+    anneal: float = 1.0
     order: str = "alternating"
     critic_steps: int = 1
     packing: int = 1
     unroll: int = 0
     conditional: bool = False
     auxiliary: float = 0.0
+    settled: int = 0
     epoch: int = 0
+    factor: float = field(default=1.0, init=False)
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
@@ -119,6 +127,7 @@ class GanGame:
     def step(self, batch: Any, turn: Any) -> Metrics:
         """Play a mini-batch; return the metrics of each sample (n,)."""
         self.epoch = turn.epoch
+        self.factor = self.anneal ** max(0.0, 1 - turn.progress / ANNEALED)
         if self.order == "alternating":
             return self._alternate(batch, turn)
         metrics, read = self._gradients(batch, turn)
@@ -240,7 +249,7 @@ class GanGame:
 
         keys = _tensor.fold(keys, PENALTY_NOISE)
         costs = [penalty(scores, real, fake, keys) for penalty in self.penalties]
-        return torch.stack(costs).sum(0) if costs else None
+        return self.factor * torch.stack(costs).sum(0) if costs else None
 
     def _ahead(
         self, critic: nn.Module, real: Tensor, fake: Tensor, y: Tensor, keys: Tensor

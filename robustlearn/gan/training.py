@@ -14,7 +14,7 @@ from robustlearn import _tensor
 from robustlearn.errors import InputError
 from robustlearn.gan import losses, regularizers
 from robustlearn.gan.diagnostics import Watch
-from robustlearn.gan.game import GanGame
+from robustlearn.gan.game import ANNEALED, GanGame
 from robustlearn.gan.losses import Pair
 from robustlearn.gan.mixtures import Mixture
 from robustlearn.gan.updates import optimistic
@@ -78,6 +78,7 @@ def fit_gan(
     noise: int,
     loss: str | Pair = "relativistic_paired",
     penalty: str = RECIPE,
+    anneal: float = 1.0,
     order: str = "alternating",
     critic_steps: int = 1,
     packing: int = 1,
@@ -113,7 +114,7 @@ def fit_gan(
     loss : name of a loss with its options, as ``"least_squares:a=0:c=1"``; they are
         `robustlearn.gan.LOSSES`.
     penalty : of `robustlearn.gan.PENALTIES`, as ``"r1:weight=0.5 + r2"``; "" for none.
-    order, critic_steps, packing, unroll : see `GanGame`.
+    anneal, order, critic_steps, packing, unroll : see `GanGame`; where modes are missed, anneal.
     conditional : whether both are called with the label too: generator(z, y), critic(x, y).
     auxiliary : weight of the cross-entropy of the critic's ``classes``, for both players.
     batch_size : 256 by default.
@@ -147,7 +148,9 @@ def fit_gan(
     """
     _check(optimizer, keep, critic_steps, order, options)
     check_options(
-        "fit_gan", {"compare": compare}, {"compare": Range(4, math.inf, "[)", whole=True)}
+        "fit_gan",
+        {"compare": compare, "anneal": anneal},
+        {"compare": Range(4, math.inf, "[)", whole=True), "anneal": Range(1, math.inf, "[)")},
     )
     weight = next(generator.parameters())
     samples = _samples(data, weight.dtype)
@@ -160,16 +163,19 @@ def fit_gan(
         noise=noise,
         loss=losses.get(loss),
         penalties=regularizers.penalties(penalty),
+        anneal=anneal,
         order=order,
         critic_steps=critic_steps,
         packing=packing,
         unroll=unroll,
         conditional=conditional,
         auxiliary=auxiliary,
+        settled=math.ceil(ANNEALED * epochs) if anneal > 1 else 0,
     )
     settings = {
         "loss": loss if isinstance(loss, str) else "own",
         "penalty": penalty,
+        "anneal": anneal,
         "noise": noise,
         "order": order,
         "critic_steps": critic_steps,
