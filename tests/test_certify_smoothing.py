@@ -216,5 +216,7 @@ def test_what_cannot_be_smoothed():
     for sigma, votes in itertools.product((0.0, math.inf), (10,)):
         with pytest.raises(InputError, match="sigma must be positive"):
             Smoothed(model, sigma, votes)
+    with pytest.raises(InputError, match=r"robustlearn.wrap of this Linear"):
+        Smoothed(torch.nn.Linear(2, 2), 0.1)
     with pytest.raises(InputError, match="is not smoothed"):
         certify_smoothed(model, x, rl.LpBall(2, 0.1), None)

@@ -141,6 +141,12 @@ def test_collapse_is_told_in_the_second_half():
                 watch(modules)
             assert len(told) == warned
             assert all(said in str(w.message) and "packing" in str(w.message) for w in told)
+    watch, modules = watching(networks()[1], lost, epochs=10, known=mixture)
+    watch.game.settled, watch.game.epoch = 8, 7
+    watch(modules)  # penalties still fall: no warning, or the test fails
+    watch.game.epoch = 8
+    with pytest.warns(UserWarning, match="3 of 8 modes"):
+        watch(modules)
     away, modules = watching(networks()[1], Still(mixture.centres * 1.2))
     away(modules)  # far from all modes alike: no collapse
     good, modules = watching(networks()[1], Still(mixture.sample(300, seed=5)), known=mixture)

@@ -28,7 +28,8 @@ REMEDIES = {
     ),
     "collapse": (
         "mode collapse: {lost}. Use relativistic_paired with r1 + r2, show the critic packs "
-        "(packing=4), unroll it (unroll=5), or make batches larger"
+        "(packing=4), unroll it (unroll=5), anneal its penalties (anneal=20), or make batches "
+        "larger"
     ),
     "divergence": (
         "the game diverges: sliced Wasserstein distance {sliced_wasserstein:.3g}, {first:.3g} "
@@ -52,7 +53,8 @@ class Watch:
     Parameters
     ----------
     real, y : samples to compare with, and their labels (n, 0) if they have none.
-    epochs : how many there will be: collapse is no news before half of them.
+    epochs : how many there will be: collapse is no news before half of them, nor before the game
+        has settled.
     known : the mixture that the data is of.
     """
 
@@ -90,7 +92,8 @@ class Watch:
         found = []
         if figures.get("accuracy", 0.0) > SURE and figures["pull"] < WEAK:
             found.append("vanishing")
-        if self.game.epoch + 1 >= self.epochs / 2 and self._lost(figures):
+        late = min(self.epochs, max(self.epochs / 2, self.game.settled + 1))
+        if self.game.epoch + 1 >= late and self._lost(figures):
             found.append("collapse")
         distance, scores = figures["sliced_wasserstein"], figures.get("scores", 0.0)
         if not (distance <= FAR * self.first and scores <= LARGE):  # NaN is trouble too

@@ -15,6 +15,11 @@ class Around(Model):
     """What a model around another shares: the labels, the device and the session of its inner."""
 
     def __init__(self, inner: Model) -> None:
+        if not isinstance(inner, Model):
+            raise InputError(
+                f"{type(self).__name__} goes around a model: give it robustlearn.wrap of this "
+                f"{type(inner).__name__}"
+            )
         super().__init__(
             inner.source,
             task=inner.task,
