@@ -39,7 +39,8 @@ BRACKETS = {  # at the ε that each was trained or published for
 }
 SAMPLES, SECONDS = 200, 20  # of a bracket, each
 TIMEOUT = 120  # of an instance
-TRAINED = {0.1: "ibp", 0.3: "ibp"}
+TRAINED = {0.1: 0.2, 0.3: 0.4}  # ε of certificates: of training, wider as Gowal et al. (2018) do
+EPOCHS, RATE = 50, 5e-3  # chosen at 0.1 on 1,000 training images, in runs of 8 epochs
 Rows = Iterator[dict[str, Any]]
 
 
@@ -127,27 +128,31 @@ def brackets(full: bool, seed: int) -> Rows:
 
 
 def training(full: bool, seed: int) -> Rows:
-    """Certified accuracy on 1,000 test images of a small network that was trained for it."""
+    """Certified accuracy on all test images of a small network that was trained for it."""
     if not full or not FOLDER.is_dir():
         return
     x, y = images("mnist", part="train")
-    for eps, objective in TRAINED.items():
+    for eps, wider in TRAINED.items():
         torch.manual_seed(seed)
         net = nn.Sequential(
             *(nn.Conv2d(1, 16, 4, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 4, 2, 1), nn.ReLU()),
             *(nn.Flatten(), nn.Linear(1568, 100), nn.ReLU(), nn.Linear(100, 10)),
         )
-        threat, start = rl.LpBall(math.inf, eps, **BOX), clocks()
+        threat, start = rl.LpBall(math.inf, wider, **BOX), clocks()
         fit(
-            interval_init_(net), (x, y), threat, objective=objective, epochs=40, batch_size=128,
-            ramp=0.6, seed=seed, validation=None, attacks=None,
+            interval_init_(net), (x, y), threat, objective="ibp", epochs=EPOCHS, batch_size=128,
+            lr=RATE, ramp=0.6, seed=seed, validation=None, attacks=None, memory=False,
         )  # fmt: skip
-        spent = since(start)
-        test, labels = images("mnist", 1000)
-        found = rl.certify(net, test, threat, y=labels, method="crown", seconds=10)
+        spent, threat = since(start), rl.LpBall(math.inf, eps, **BOX)
+        test, labels = images("mnist")
+        proven = {
+            method: float(
+                rl.certify(net, test, threat, y=labels, method=method).certified.mean()
+            )
+            for method in ("ibp", "crown")
+        }
         clean = float((net(test).argmax(1) == labels).float().mean())
-        yield {"eps": eps, "objective": objective, "clean": clean,
-               "certified": float(found.certified.mean()), **spent}  # fmt: skip
+        yield {"eps": eps, "trained_at": wider, "seed": seed, "clean": clean, **proven, **spent}
 
 
 def show(rows: list[dict[str, Any]]) -> None:
