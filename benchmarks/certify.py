@@ -146,9 +146,7 @@ def training(full: bool, seed: int) -> Rows:
         spent, threat = since(start), rl.LpBall(math.inf, eps, **BOX)
         test, labels = images("mnist")
         proven = {
-            method: float(
-                rl.certify(net, test, threat, y=labels, method=method).certified.mean()
-            )
+            method: float(rl.certify(net, test, threat, y=labels, method=method).certified.mean())
             for method in ("ibp", "crown")
         }
         clean = float((net(test).argmax(1) == labels).float().mean())
