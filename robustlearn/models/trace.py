@@ -379,7 +379,10 @@ def trace(
 
 
 class _NoEscape(TorchFunctionMode):
-    """Refuses what would take values out of torch's sight."""
+    """Refuses what would take values out of torch's sight; pooling of rows becomes that of images.
+
+    Torch does so too, but below the surface and with indices, which are not recorded.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -387,6 +390,8 @@ class _NoEscape(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in ("numpy", "tolist", "__array__", "data_ptr", "item"):
             raise _refusal(f"Tensor.{name}")
+        if name == "max_pool1d":
+            return _pooled(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -443,6 +448,8 @@ class _Recorder(TorchDispatchMode):
             raise _refusal(name)
         if name in ("addmm", "baddbmm") and options:
             raise _refusal(name, f"with {', '.join(options)}")
+        if name.startswith("avg_pool") and any(divisor and divisor < 0 for divisor in args[6:]):
+            raise _refusal(name, "its divisor is negative")
         depending = [
             role
             for role, argument in zip(roles, args, strict=False)
@@ -554,6 +561,21 @@ def _batch_norm(
     shift = -mean * scale if bias is None else bias - mean * scale
     shape = [1, -1, *[1] * (x.dim() - 2)]
     return x * scale.reshape(shape) + shift.reshape(shape), scale.new_empty(0), scale.new_empty(0)
+
+
+def _pooled(
+    x: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
+    ceil_mode: bool = False, return_indices: bool = False,
+) -> Tensor:  # fmt: skip
+    """Maxima over windows of rows."""
+    if return_indices:
+        raise _refusal("max_pool1d", "with indices")
+    given, fills = (kernel_size, stride or kernel_size, padding, dilation), (1, 1, 0, 1)
+    pairs = [
+        (fill, *(one if isinstance(one, list | tuple) else [one]))
+        for fill, one in zip(fills, given, strict=True)
+    ]
+    return functional.max_pool2d(x.unsqueeze(-2), *pairs, ceil_mode).squeeze(-2)
 
 
 def _max_pool(
