@@ -397,3 +397,8 @@ def test_what_stands_in_the_way_is_named():
         rl.certify(net, torch.rand(2, 2), rl.LpBall(2, 0.1))
     with pytest.raises(rl.InputError, match="seconds alone"):
         rl.certify(net, torch.rand(2, 2), rl.LpBall(2, 0.1), method="crown:steps=3")
+    for text in ("auto:seconds=-1", "crown:seconds=nan", "trees:seconds=soon"):
+        with pytest.raises(rl.InputError, match=r"seconds must be a number in \[0, inf\]"):
+            rl.certify(net, torch.rand(2, 2), rl.LpBall(2, 0.1), method=text)
+    with pytest.raises(rl.InputError, match="halvings must be a whole number"):
+        certified_radius(net, torch.rand(2, 2), rl.LpBall(2, 0.1), halvings=-1)

@@ -571,11 +571,12 @@ def _pooled(
     if return_indices:
         raise _refusal("max_pool1d", "with indices")
     given, fills = (kernel_size, stride or kernel_size, padding, dilation), (1, 1, 0, 1)
-    pairs = [
+    size, stride, padding, dilation = (
         (fill, *(one if isinstance(one, list | tuple) else [one]))
         for fill, one in zip(fills, given, strict=True)
-    ]
-    return functional.max_pool2d(x.unsqueeze(-2), *pairs, ceil_mode).squeeze(-2)
+    )
+    rows = x.unsqueeze(-2)
+    return functional.max_pool2d(rows, size, stride, padding, dilation, ceil_mode).squeeze(-2)
 
 
 def _max_pool(
