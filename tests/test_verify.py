@@ -150,7 +150,7 @@ def test_what_a_property_cannot_say(tmp_path, text, told):
 
 def test_a_file_that_is_no_property(tmp_path):
     (tmp_path / "p.vnnlib").write_bytes(b"\x1f\x8b\xff")
-    with pytest.raises(rl.InputError, match="p.vnnlib is no text: unpack it"):
+    with pytest.raises(rl.InputError, match=r"p\.vnnlib is no text: unpack it"):
         vnnlib.read(tmp_path / "p.vnnlib", (2,), 2)
     with pytest.raises(rl.InputError, match="two bounds, and no other; see X_2"):
         vnnlib.read(written(tmp_path / "p.vnnlib", "(assert (>= Y_0 1))"), (3,), 2)
