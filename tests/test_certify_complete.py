@@ -17,7 +17,8 @@ from robustlearn.certify import bounds, certified_radius, complete
 from robustlearn.certify.bounds import Deadline, crown_bounds
 from robustlearn.certify.complete import Property, decide, falsify
 from robustlearn.certify.relax import Region
-from robustlearn.models.trace import Network, trace
+from robustlearn.models.graph import Network
+from robustlearn.models.trace import trace
 
 
 def instance(seed, p, widths=(3, 6, 6, 3)):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robustlearn.certify.relax import Region, Span, Span_of, backward, lines
-from robustlearn.models.trace import Network
+from robustlearn.models.graph import Network
 
 WORK = 2**19  # numbers in a working array: some of them fit into a cache
 ALONE = 32  # rows from which a sample is looked at by itself

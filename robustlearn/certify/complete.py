@@ -26,7 +26,7 @@ from robustlearn.certify.bounds import (
     spread,
 )
 from robustlearn.certify.relax import Lines, Region, Span_of, backward, lines
-from robustlearn.models.trace import Network
+from robustlearn.models.graph import Network
 
 BOXES = 256  # split together, if they are narrow
 NUMBERS = 2**20  # in the widest value of all boxes that are split together

@@ -23,7 +23,7 @@ from robustlearn.certify.complete import RAISED, REFINED, Property, Verdict, dec
 from robustlearn.certify.relax import Region, Span_of
 from robustlearn.errors import InputError
 from robustlearn.models import Model
-from robustlearn.models.trace import Network
+from robustlearn.models.graph import Network
 from robustlearn.threats import LpBall
 
 TOGETHER = 16  # samples that are bounded at once

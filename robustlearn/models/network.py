@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from robustlearn.errors import InputError
 from robustlearn.models.base import Model
-from robustlearn.models.trace import Network, trace
+from robustlearn.models.graph import Network
+from robustlearn.models.trace import trace
 
 
 class Standardize(nn.Module):
