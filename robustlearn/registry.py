@@ -81,6 +81,7 @@ POSITIVE = Range(0, math.inf, "()")
 NOT_NEGATIVE = Range(0, math.inf, "[)")
 SHARE = Range(0, 1, "(]")
 UNIT = Range(0, 1, "[]")
+TIME = Range(0, math.inf, "[]")  # in seconds
 FINITE = Range(-math.inf, math.inf, "()")
 
 

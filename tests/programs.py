@@ -9,7 +9,7 @@ from torch import Tensor
 
 from robustlearn._tensor import flat
 from robustlearn.certify.relax import Region, Span_of
-from robustlearn.models.trace import Network
+from robustlearn.models.graph import Network
 
 CUTS, GAP = 200, 1e-6  # rounds of cutting planes, and what they may leave of the value
 

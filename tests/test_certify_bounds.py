@@ -64,6 +64,13 @@ NETWORKS = {
         nn.Flatten(),
         nn.Linear(3, 3),
     ),
+    "rows": lambda: nn.Sequential(
+        nn.Flatten(2),
+        nn.Conv1d(2, 3, 3, padding=1),
+        nn.MaxPool1d(4, 3, 2, return_indices=False),
+        nn.Flatten(),
+        nn.Linear(18, 3),
+    ),
     "residual": Residual,
     "sliced": SlicedAndPadded,
 }
@@ -237,6 +244,8 @@ class Straight(torch.autograd.Function):
         (lambda x: functional.dropout(x), "dropout|random|bernoulli|rand"),
         (lambda x: x.half().float(), "float16"),
         (lambda x: x.round(), "round"),
+        (lambda x: functional.avg_pool2d(x[None], 1, divisor_override=-3), "divisor is neg"),
+        (lambda x: functional.max_pool1d(x, 2, return_indices=True)[1].float(), "recorded"),
         (lambda x: torch.zeros(2, 2), "does not depend"),
         (nn.BatchNorm1d(2), "eval"),
         (nn.LayerNorm(2), "layer_norm"),

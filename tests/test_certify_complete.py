@@ -13,10 +13,11 @@ from sklearn.neural_network import MLPClassifier
 from torch import nn
 
 import robustlearn as rl
-from robustlearn.certify import certified_radius
+from robustlearn.certify import bounds, certified_radius, complete
 from robustlearn.certify.bounds import Deadline, crown_bounds
 from robustlearn.certify.complete import Property, decide, falsify
 from robustlearn.certify.relax import Region
+from robustlearn.models.graph import Network
 from robustlearn.models.trace import trace
 
 
@@ -188,6 +189,49 @@ def test_time_is_kept_and_leaves_it_open():
     assert found.by in ("crown_ibp", "attack")
 
 
+@pytest.fixture
+def passes(monkeypatch):
+    """A clock on which every pass through a network, forward or backward, takes a second."""
+    seconds = [0]
+
+    def timed(function):
+        def pass_(*given, **options):
+            seconds[0] += 1
+            return function(*given, **options)
+
+        return pass_
+
+    monkeypatch.setattr(bounds.time, "perf_counter", lambda: float(seconds[0]))
+    monkeypatch.setattr(Network, "__call__", timed(Network.__call__))
+    for module in (bounds, complete):
+        monkeypatch.setattr(module, "backward", timed(module.backward))
+    return seconds
+
+
+@pytest.mark.parametrize("limit", [1, 10, 45, 60, 100])
+@pytest.mark.parametrize("p", [2, math.inf])
+def test_no_step_goes_on_after_its_time(passes, p, limit):
+    """One round of each kind of step is the most that may lie beyond the limit."""
+    net, x, _ = instance(1, p, widths=(6, 30, 30, 30, 3))
+    network, region = trace(net, x), Region(x, rl.LpBall(p, {2: 0.35, math.inf: 0.18}[p]))
+    rule = Property.of_class(int(network(x).argmax()), 3)
+    passes[0] = 0
+    found = decide(network, region, rule, deadline=Deadline.after(limit))
+    assert found.status == "open"
+    assert limit <= passes[0] <= limit + 6
+
+
+@pytest.mark.parametrize("method", ["crown", "alpha_crown"])
+def test_samples_share_their_time(passes, method):
+    """The first sixteen do not spend what is there for the others."""
+    net, x, _ = instance(1, 2, widths=(6, 30, 30, 30, 3))
+    x = x + 0.01 * torch.arange(32)[:, None]
+    found = rl.certify(net, x, rl.LpBall(2, 0.4), method=method, seconds=1)
+    assert passes[0] <= 32 + 24  # of which 16 record the network
+    margin = found.margin - rl.certify(net, x, rl.LpBall(2, 0.4), method="ibp").margin
+    assert (margin[16:] > 0).any()
+
+
 def test_no_attack_is_claimed_outside_the_threat():
     net, x, _ = instance(2, 2)
     threat = rl.LpBall(2, 5.0, mask=torch.tensor([True, False, False]), lower=0.0, upper=1.0)
@@ -325,6 +369,18 @@ def test_what_mixes_a_batch_is_refused(n):
         rl.certify(Centred(), torch.zeros(n, 2), rl.LpBall(2, 0.0), y=[0] * n, method="ibp")
 
 
+@pytest.mark.parametrize(("head", "outputs"), [(nn.Softmax(1), 3), (nn.Sigmoid(), 1)])
+def test_a_head_that_is_bypassed_is_no_part_of_what_is_bounded(head, outputs):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, outputs)), torch.rand(5, 2)
+    net[2].weight.data *= 20
+    models = [rl.wrap(module, task="classification") for module in (net, nn.Sequential(net, head))]
+    with pytest.warns(UserWarning, match="the logits before it are used"):
+        found = [rl.certify(model, x, rl.LpBall(math.inf, 0.1), method="crown") for model in models]
+    np.testing.assert_array_equal(found[0].margin, found[1].margin)
+    assert "forward" not in vars(head)
+
+
 def test_a_budget_of_passes_has_one_result(digits):
     net, x, y = digits
     found = [
@@ -342,3 +398,8 @@ def test_what_stands_in_the_way_is_named():
         rl.certify(net, torch.rand(2, 2), rl.LpBall(2, 0.1))
     with pytest.raises(rl.InputError, match="seconds alone"):
         rl.certify(net, torch.rand(2, 2), rl.LpBall(2, 0.1), method="crown:steps=3")
+    for text in ("auto:seconds=-1", "crown:seconds=nan", "trees:seconds=soon"):
+        with pytest.raises(rl.InputError, match=r"seconds must be a number in \[0, inf\]"):
+            rl.certify(net, torch.rand(2, 2), rl.LpBall(2, 0.1), method=text)
+    with pytest.raises(rl.InputError, match="halvings must be a whole number"):
+        certified_radius(net, torch.rand(2, 2), rl.LpBall(2, 0.1), halvings=-1)

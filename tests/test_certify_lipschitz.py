@@ -93,6 +93,13 @@ def test_the_norm_of_a_convolution_is_that_of_its_matrix_from_above(stride, monk
     assert truth <= constant_of(layer, (2, 6, 6)) <= 4 * truth
 
 
+def test_sums_that_are_negative_have_a_size(monkeypatch):
+    monkeypatch.setattr(module, "DENSE", 0)
+    net = nn.Sequential(nn.AvgPool2d(2, divisor_override=-1), nn.Flatten(), nn.Linear(4, 2))
+    net[2].weight.data = torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.1]])
+    assert constant_of(net, (1, 4, 4)) >= 4  # of the first row, ‖(1, 1, 1, 1)‖ and four pixels each
+
+
 @pytest.mark.parametrize("p", [1, 2, math.inf])
 def test_no_attack_comes_nearer_than_the_radius(p):
     net, generator = convolutional(), seeded(2)

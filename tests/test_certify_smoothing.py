@@ -179,6 +179,7 @@ def test_the_bracket_of_a_smoothed_network():
     report = rl.evaluate(smoothed, x.numpy(), y.numpy(), rl.LpBall(2, 0.3), attacks="pgd:steps=5")
     assert report.certificate["method"] == "smoothing"
     assert 0.2 < report.certified.value <= report.attacked.value < report.clean.value
+    assert any("wrong with probability at most 0.001" in note for note in report.notes)
 
 
 def test_a_probable_certificate_that_is_refuted_is_withdrawn_not_an_error(monkeypatch):

@@ -1,5 +1,6 @@
 """The command line as a user meets it: answers, exit statuses, and what it refuses to do."""
 
+import collections
 import csv
 import json
 import os
@@ -28,6 +29,15 @@ from sklearn.linear_model import LogisticRegression, Ridge
 def build():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 3))
+
+def deep():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+
+def smoothed():
+    from robustlearn import wrap
+    from robustlearn.models import Smoothed
+    return Smoothed(wrap(linear()), 0.5)
 
 def linear():
     return LogisticRegression(max_iter=1000).fit(*load_iris(return_X_y=True))
@@ -237,6 +247,22 @@ def test_certify(folder, capsys):
     assert "worst mean squared error, certified: " in capsys.readouterr().out
     assert run([*command, "--model", "my_module.py:scores"]) == 2
     assert "scores is a black box: there is no network to bound" in capsys.readouterr().err
+
+
+def test_certify_tells_what_is_open_and_what_is_only_probable(folder, capsys):
+    command = ["certify", "--data", "iris", "--norm", "l2", "--eps", "1/4"]
+    assert run([*command, "--model", "my_module.py:deep", "--budget", "1/2", "--out", "rows"]) == 0
+    shown = capsys.readouterr().out
+    with open("rows/samples.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    counts = collections.Counter(row["status"] for row in rows)
+    assert set(counts) <= {"certified", "falsified", "open"}
+    assert f"neither certified nor falsified: {counts['open'] / 150:.1%}" in shown
+    assert {row["by"] for row in rows} >= {"crown_ibp", "prediction"}
+    assert run([*command, "--model", "my_module.py:smoothed", "--limit", "5"]) == 0
+    assert "smoothing, each wrong with probability at most 0.001" in capsys.readouterr().out
+    assert run([*command, "--model", "my_module.py:deep", "--seconds", "-1"]) == 2
+    assert "seconds must be" in capsys.readouterr().err
 
 
 def test_an_output_folder_keeps_what_is_in_it(folder):

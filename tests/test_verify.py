@@ -81,6 +81,39 @@ def test_answers(absolute, tmp_path, unsafe, answer, capsys):
         assert capsys.readouterr().out.startswith("sat\n((X_0 ")
 
 
+@pytest.mark.parametrize("fixed", ["0.1", "-0.3", "0.25"])
+def test_a_fixed_input_may_be_no_number_of_float32(absolute, tmp_path, fixed, capsys):
+    fix = f"(assert (<= X_0 {fixed}))(assert (>= X_0 {fixed}))"
+    for least, answer in ((0.4, "sat"), (0.8, "unsat")):
+        rule = written(tmp_path / "p.vnnlib", f"{fix}(assert (>= Y_0 {least}))")
+        assert run(["verify", str(absolute), str(rule), "--json"]) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert result["answer"] == answer
+    assert run(["verify", str(absolute), str(rule), "--seconds", "nan"]) == 2
+    assert "seconds must be a number in [0, inf]" in capsys.readouterr().err
+
+
+def test_queries_share_the_time(tmp_path, capsys, monkeypatch):
+    """One that takes all it is given, before one that is answered at once."""
+    from robustlearn.certify.complete import Verdict
+    from robustlearn.cli import verification
+
+    given = []
+
+    def hard(network, region, rule, *, dtype, deadline):
+        given.append(deadline.left)
+        return Verdict("open", "branch and bound", -1.0)
+
+    monkeypatch.setattr(verification, "decide", hard)
+    nodes = [helper.make_node("MatMul", ["x", "a"], ["y"])]
+    net = saved(tmp_path / "net.onnx", nodes, {"a": np.eye(2)}, (2,))
+    unsafe = "(assert (or (and (<= X_0 0) (<= Y_0 0)) (and (>= X_0 0) (>= Y_0 0))))"
+    assert run(["verify", str(net), str(written(tmp_path / "p", unsafe)), "--seconds", "60"]) == 0
+    assert capsys.readouterr().out == "unknown\n"
+    assert 29 < given[0] <= 30
+    assert 59 < given[1] <= 60  # what is left
+
+
 def test_no_time_is_unknown(absolute, tmp_path, capsys):
     rule = written(tmp_path / "p.vnnlib", "(assert (>= Y_0 0.5))(assert (<= Y_0 0.4))")
     assert run(["verify", str(absolute), str(rule), "--seconds", "0"]) == 0
@@ -107,12 +140,20 @@ def test_no_time_is_unknown(absolute, tmp_path, capsys):
         ("(assert (= Y_0 1))", "expected"),
         ("(assert (>= Y_0 1)", "not closed"),
         ("(define-fun f () Real 1)", "declare-const and assert"),
-        ("(assert (>= X_5 0))(assert (>= Y_0 1))", "each of the 2 inputs"),
+        ("(assert (>= X_5 0))(assert (>= Y_0 1))", "each of the 2 inputs .* see X_5"),
     ],
 )
 def test_what_a_property_cannot_say(tmp_path, text, told):
-    with pytest.raises(rl.InputError, match=told):
+    with pytest.raises(rl.InputError, match=rf"p\.vnnlib.*{told}"):
         vnnlib.read(written(tmp_path / "p.vnnlib", text), (2,), 2)
+
+
+def test_a_file_that_is_no_property(tmp_path):
+    (tmp_path / "p.vnnlib").write_bytes(b"\x1f\x8b\xff")
+    with pytest.raises(rl.InputError, match=r"p\.vnnlib is no text: unpack it"):
+        vnnlib.read(tmp_path / "p.vnnlib", (2,), 2)
+    with pytest.raises(rl.InputError, match="two bounds, and no other; see X_2"):
+        vnnlib.read(written(tmp_path / "p.vnnlib", "(assert (>= Y_0 1))"), (3,), 2)
 
 
 def test_operators_are_those_of_torch(tmp_path):

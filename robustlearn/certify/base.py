@@ -13,7 +13,7 @@ from robustlearn import _tensor
 from robustlearn.errors import InputError
 from robustlearn.models import Model, wrap
 from robustlearn.models import labels as labels_of
-from robustlearn.registry import Entry, Registry, parsed
+from robustlearn.registry import NATURAL, TIME, Entry, Registry, check_options, parsed
 from robustlearn.threats import LpBall
 
 Rows = Tensor | np.ndarray
@@ -139,7 +139,8 @@ def certify(
     name, options = parsed(method)
     if set(options) - {"seconds"}:
         raise InputError(f"a certificate takes the option seconds alone; got {method!r}")
-    given, limit = (model, points, threat, labels), float(options.get("seconds", seconds))
+    given, limit = (model, points, threat, labels), options.get("seconds", seconds)
+    check_options("certify", {"seconds": limit}, {"seconds": TIME})
     found: Certificate
     if name != "auto":
         found = CERTIFICATES[name].function(*given, limit)
@@ -230,6 +231,7 @@ def certified_radius(
     >>> certified_radius(net, [[0.5]], LpBall(2, 1.0), halvings=3)  # up to 0.5, not itself
     array([0.375])
     """
+    check_options("certified_radius", {"halvings": halvings}, {"halvings": NATURAL})
     eps = torch.as_tensor(threat.eps, dtype=torch.float64).expand(len(x))
 
     def holds(budget: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from robustlearn.certify.relax import Region, Span, Span_of, backward, lines
-from robustlearn.models.trace import Network
+from robustlearn.models.graph import Network
 
 WORK = 2**19  # numbers in a working array: some of them fit into a cache
 ALONE = 32  # rows from which a sample is looked at by itself
@@ -36,6 +36,10 @@ class Deadline:
     def left(self) -> float:
         """Seconds until then."""
         return self.end - time.perf_counter()
+
+    def share(self, parts: float) -> "Deadline":
+        """Return the moment at which one of so many parts of what is left is over."""
+        return Deadline.after(self.left / parts)
 
 
 NEVER = Deadline()
@@ -103,7 +107,7 @@ def _refined(
         rows[1] = -rows[0]
         shaped = rows.reshape(2 * len(at), *shape[1:])
         owner = mine if len(mine) == 1 else torch.cat([mine, mine])
-        found = row_bounds(network, region, i, shaped, owner, spans, steps=steps)
+        found = row_bounds(network, region, i, shaped, owner, spans, steps=steps, deadline=deadline)
         below, above = found.chunk(2)
         low[mine, at] = torch.maximum(low[mine, at], below)
         high[mine, at] = torch.minimum(high[mine, at], -above)
@@ -130,6 +134,7 @@ def row_bounds(
     spans: Span_of,
     *,
     steps: int = 0,
+    deadline: Deadline = NEVER,
 ) -> Tensor:
     """min over the region of rows·z, from below, (r,); by α-CROWN if ``steps``.
 
@@ -157,7 +162,7 @@ def row_bounds(
             bound = mine.least(*backward(network, target, rows, relaxed))
             loss = -bound.sum()
         best = torch.maximum(best, bound.detach())
-        if step == steps or not loss.requires_grad:
+        if step == steps or not loss.requires_grad or deadline.passed:
             break
         optimizer.zero_grad()
         loss.backward()

@@ -26,7 +26,7 @@ from robustlearn.certify.bounds import (
     spread,
 )
 from robustlearn.certify.relax import Lines, Region, Span_of, backward, lines
-from robustlearn.models.trace import Network
+from robustlearn.models.graph import Network
 
 BOXES = 256  # split together, if they are narrow
 NUMBERS = 2**20  # in the widest value of all boxes that are split together
@@ -34,7 +34,7 @@ STEPS = 12  # of ascent in a box
 AHEAD = 4  # neurons that are tried
 RATES = {"alpha": 0.1, "beta": 0.05, "weight": 0.2}
 RAISED, REFINED = 20, 10  # steps of ascent for a row, for each neuron whose sign is open
-SHARE = 0.3  # of the time that is left, for the latter
+PARTS = 3  # of the time that is left, one of them for the latter
 ROUNDED, FLOAT64 = 100, torch.finfo(torch.float64).eps / 2  # standard deviations of rounding
 CUTS = 100  # planes that may stand for a ball in a linear program
 CLEAR = 1e-9  # value of a linear program in units of its planes, from which it is no rounding
@@ -117,21 +117,22 @@ def decide(
     for by, spans, steps in _stages(network, region, deadline):
         rows = rule.rows[open_].flatten(0, 1)[:, None]
         found = row_bounds(
-            network, region, network.output, rows, torch.tensor([0]), spans, steps=steps
-        )
+            network, region, network.output, rows, torch.tensor([0]), spans, steps=steps,
+            deadline=deadline,
+        )  # fmt: skip
         found = (found.reshape(len(open_), -1) + rule.offsets[open_]).amax(1)
         bound[open_] = torch.maximum(bound[open_], found)
         open_ = (~(bound > slack)).nonzero().squeeze(1)
         if not len(open_):
             return Verdict("certified", by, float(bound.min()))
         if by == "crown_ibp":
-            witness = falsify(network, region, rule, dtype)
+            witness = falsify(network, region, rule, dtype, deadline=deadline)
             if witness is not None:
                 return Verdict("falsified", "attack", -torch.inf, witness)
         if deadline.passed:
             return Verdict("open", by, float(bound.min()))
-    tree = _Tree(network, region, rule.select(open_), spans, slack, dtype)
-    verdict = tree.search(bound[open_], deadline)
+    tree = _Tree(network, region, rule.select(open_), spans, slack, dtype, deadline)
+    verdict = tree.search(bound[open_])
     return replace(verdict, bound=min([verdict.bound, *bound[bound > slack].tolist()]))
 
 
@@ -144,7 +145,7 @@ def _stages(
     yield "crown", spans, 0
     yield "alpha_crown", spans, RAISED
     if not network.is_shallow:
-        share = Deadline.after(SHARE * deadline.left)
+        share = deadline.share(PARTS)
         yield "alpha_crown", crown_bounds(network, region, steps=REFINED, deadline=share), RAISED
 
 
@@ -156,6 +157,7 @@ def falsify(
     *,
     steps: int = 40,
     restarts: int = 4,
+    deadline: Deadline = NEVER,
 ) -> Tensor | None:
     """Look for a violation by the method of Frank and Wolfe from random points of the region.
 
@@ -171,6 +173,8 @@ def falsify(
     delta = ball.argmax(signs, x)
     delta[::restarts] = 0
     for step in range(steps):
+        if deadline.passed:
+            break
         with torch.enable_grad():
             leaf = delta.requires_grad_()
             value = rule.value(network(x + leaf)).gather(1, target[:, None]).squeeze(1)
@@ -228,10 +232,10 @@ class _Tree:
 
     def __init__(
         self, network: Network, region: Region, rule: Property, spans: Span_of, slack: float,
-        dtype: torch.dtype,
+        dtype: torch.dtype, deadline: Deadline,
     ) -> None:  # fmt: skip
         self.network, self.region, self.rule = network, region, rule
-        self.spans, self.slack, self.dtype = spans, slack, dtype
+        self.spans, self.slack, self.dtype, self.deadline = spans, slack, dtype, deadline
         self.places: dict[int, Tensor] = {}
         self.parts: dict[int, slice] = {}
         count = 0
@@ -245,7 +249,7 @@ class _Tree:
         self.curves = lines(network, {i: s for i, s in spans.items() if i not in self.parts})
         self.batch = max(8, min(BOXES, NUMBERS // network.width))
 
-    def search(self, bound: Tensor, deadline: Deadline) -> Verdict:
+    def search(self, bound: Tensor) -> Verdict:
         """Split boxes, those with the worst bounds first, until none is left or time is up."""
         start = torch.zeros(len(bound), self.count, dtype=torch.float16)
         chosen = [(-s[0] < s[1]).flatten()[self.places[i]] for i, s in self.spans.items()
@@ -254,7 +258,7 @@ class _Tree:
         boxes = _Boxes(torch.arange(len(bound)), start.to(torch.int8), slopes, start, bound)
         done, status, least = 0, "certified", torch.inf  # of the boxes that are not split further
         while len(boxes):
-            if deadline.passed:
+            if self.deadline.passed:
                 status, least = "open", min(least, float(boxes.bound.min()))
                 break
             order = boxes.bound.argsort()
@@ -263,6 +267,8 @@ class _Tree:
             now, gains, points = self._raised(now)
             split = ~(now.bound > self.slack) & (now.signs == 0).any(1)
             for row in (~(now.bound > self.slack) & ~split).nonzero().flatten().tolist():
+                if self.deadline.passed:
+                    break
                 now.bound[row], points[row] = self._programmed(now.take(torch.tensor([row])))
             witness = confirmed(self.network, self.region, self.rule, points, self.dtype)
             if witness is not None:
@@ -270,7 +276,8 @@ class _Tree:
             least = min([least, *now.bound[~split].tolist()])
             status = status if least > self.slack else "open"
             if bool(split.any()):
-                boxes = boxes.join(self._children(now.take(split), gains[split]))
+                now, late = now.take(split), self.deadline.passed
+                boxes = boxes.join(now if late else self._children(now, gains[split]))
         return Verdict(status, "branch and bound", least, None, done)
 
     def _programmed(self, box: _Boxes) -> tuple[float, Tensor]:
@@ -301,7 +308,7 @@ class _Tree:
             if found.fun > CLEAR:
                 duals = -found.ineqlin.marginals[: len(size)].clip(max=0)
                 best = max(best, self._dual(box, relaxed, duals, size))
-            if self.region.is_box or best > self.slack:
+            if self.region.is_box or best > self.slack or self.deadline.passed:
                 break
             cut = self._cut(point)
             if cut is None:
@@ -329,7 +336,7 @@ class _Tree:
                 bound, slope = self._bound(boxes, relaxed, alpha, beta, weight.softmax(1), gains)
             best = torch.maximum(best, bound.detach())
             low = ~(best > self.slack)
-            if step == STEPS or not bool(low.any()):
+            if step == STEPS or not bool(low.any()) or self.deadline.passed:
                 break
             optimizer.zero_grad()
             with torch.enable_grad():

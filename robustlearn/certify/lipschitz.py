@@ -193,7 +193,7 @@ def _mixed(part: nn.Module, point: Tensor) -> Tensor:
     ones = torch.ones_like(point).requires_grad_()
     across = sizes(ones)
     (down,) = torch.autograd.grad(across.sum(), ones)
-    return (across.max() * down.max()).sqrt().detach()
+    return (across.abs().max() * down.abs().max()).sqrt().detach()  # a pool may divide by −1
 
 
 def _measured(parts: list[nn.Module], x: Tensor, model: Model) -> tuple[Tensor, Tensor, float]:

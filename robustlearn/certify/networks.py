@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from robustlearn import _tensor
-from robustlearn.certify.base import CERTIFICATES, Certificate, rows
+from robustlearn.certify.base import CERTIFICATES, Certificate, interval, rows
 from robustlearn.certify.bounds import (
+    NEVER,
     Deadline,
     crown_bounds,
     interval_bounds,
@@ -22,7 +23,7 @@ from robustlearn.certify.complete import RAISED, REFINED, Property, Verdict, dec
 from robustlearn.certify.relax import Region, Span_of
 from robustlearn.errors import InputError
 from robustlearn.models import Model
-from robustlearn.models.trace import Network
+from robustlearn.models.graph import Network
 from robustlearn.threats import LpBall
 
 TOGETHER = 16  # samples that are bounded at once
@@ -32,6 +33,7 @@ SHARES = (1.0, 0.5, 1.0)  # of the way to the boundary, where the model is compa
 ROOM = 10  # times the largest or expected difference, which a margin must exceed
 BOTH = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)  # of a regressor's prediction
 AGREES = 1e-3  # largest difference, in units of the outputs, that rounding explains
+Spans = Callable[[Network, Region, Deadline], Span_of]
 
 
 def _applies(model: Model, threat: LpBall, x: Tensor) -> bool:
@@ -64,29 +66,30 @@ class _Samples:
         self.label = None
         if model.task != "regression":
             self.label = self.output.argmax(1) if self.y is None else self.y.long()
-        self.least = self.output.new_empty(len(x), 0)
+        count = 2 if self.label is None else self.output.shape[1] - 1
+        self.least = self.output.new_full((len(x), count), -torch.inf)
 
-    def bound(self, spans: Callable[[Region], Span_of], steps: int = 0) -> "_Samples":
-        """Bound the margins of all, some at a time."""
-        parts = torch.arange(len(self.x)).split(TOGETHER)
+    def bound(
+        self, spans: Spans, steps: int = 0, end: Deadline = NEVER, chosen: Tensor | None = None
+    ) -> None:
+        """Bound the margins of those that are chosen, or of all, some at a time."""
+        chosen = torch.arange(len(self.x)) if chosen is None else chosen
+        parts = chosen.split(TOGETHER) if len(chosen) else ()
         with torch.no_grad():
-            self.least = torch.cat([self._found(part, spans, steps) for part in parts])
-        return self
+            for done, part in enumerate(parts):
+                found = self._found(part, spans, steps, end.share(len(parts) - done))
+                self.least[part] = torch.maximum(self.least[part], found)
 
-    def improve(self, chosen: Tensor, spans: Callable[[Region], Span_of]) -> None:
-        """Bound the margins of some once more."""
-        with torch.no_grad():
-            for part in chosen.split(TOGETHER) if len(chosen) else ():
-                self.least[part] = torch.maximum(self.least[part], self._found(part, spans, 0))
-
-    def _found(self, part: Tensor, spans: Callable[[Region], Span_of], steps: int) -> Tensor:
-        region, output = self.region(part), self.network.output
+    def _found(self, part: Tensor, spans: Spans, steps: int, end: Deadline) -> Tensor:
+        region, network = self.region(part), self.network
         wanted = BOTH.expand(len(part), 2, 1)
         if self.label is not None:
             wanted = margin_rows(self.label[part], self.output.shape[1])
         owner = torch.arange(len(part)).repeat_interleave(wanted.shape[1])
-        rows_ = wanted.flatten(0, 1)[:, None]
-        least = row_bounds(self.network, region, output, rows_, owner, spans(region), steps=steps)
+        least = row_bounds(
+            network, region, network.output, wanted.flatten(0, 1)[:, None], owner,
+            spans(network, region, end), steps=steps, deadline=end,
+        )  # fmt: skip
         return least.reshape(len(part), -1)
 
     def effort(self) -> Tensor:
@@ -130,36 +133,39 @@ class _Samples:
             return torch.zeros(len(self.x), dtype=torch.bool)
         return self.output.argmax(1) != self.label
 
+    @property
+    def status(self) -> np.ndarray:
+        """What bounds and predictions say of each."""
+        proven, wrong = rows(self.margin > 0), rows(self.wrong)
+        return np.where(proven, "certified", np.where(wrong, "falsified", "open"))
+
     def stated(self, name: str, **found: Any) -> Certificate:
         """Return the certificate; what is found otherwise than by bounds replaces theirs."""
         if self.label is None:
-            return self._interval(name)
-        proven, wrong = rows(self.margin > 0), rows(self.wrong)
-        status = np.where(proven, "certified", np.where(wrong, "falsified", "open"))
-        facts: dict[str, Any] = {"margin": rows(self.margin), "status": status, **found}
+            low, high = self.least.T
+            return interval(name, low - self.slack, self.slack - high, self.y)
+        facts: dict[str, Any] = {"margin": rows(self.margin), "status": self.status, **found}
         certified = facts["status"] == "certified"
         eps = torch.as_tensor(self.threat.eps, dtype=torch.float64).expand(len(self.x)).numpy()
         radius = np.where(certified, eps, 0.0)
         return Certificate(name, exact=False, radius=radius, certified=certified, **facts)
 
-    def _interval(self, name: str) -> Certificate:
-        lower, upper = self.least[:, 0] - self.slack, self.slack - self.least[:, 1]
-        loss = None
-        if self.y is not None:
-            far = torch.maximum((upper - self.y).abs(), (lower - self.y).abs())
-            loss = rows(far.double() ** 2)
-        return Certificate(name, exact=False, lower=rows(lower), upper=rows(upper), loss=loss)
+
+def _clock(seconds: float, x: Tensor) -> Deadline:
+    """Start the clock of some samples."""
+    import torch._dynamo  # noqa: F401  as torch does at its first backward pass, in seconds
+
+    return Deadline.after(seconds * len(x))
 
 
 def _within(model: Model, x: Tensor, threat: LpBall, y: Tensor | None, passes: int) -> Certificate:
     """Bound all samples by intervals, and by CROWN those for which it costs few enough passes."""
     samples = _Samples(model, x, threat, y)
-    network = samples.network
-    samples.bound(lambda region: interval_bounds(network, region))
+    samples.bound(_ibp)
     settled = samples.wrong if samples.label is None else samples.wrong | (samples.margin > 0)
     affordable = samples.effort() <= RELATIVE * passes
     chosen = (affordable & ~settled).nonzero().squeeze(1)
-    samples.improve(chosen, lambda region: crown_bounds(network, region))
+    samples.bound(_crown, chosen=chosen)
     return samples.stated("crown")
 
 
@@ -174,30 +180,26 @@ def complete(
     """
     if model.task == "regression":
         raise InputError("complete decides classes: bound a regressor by alpha_crown")
-    end, samples = Deadline.after(seconds * len(x)), _Samples(model, x, threat, y)
-    samples.bound(lambda region: interval_bounds(samples.network, region))
-    proven, wrong, margin = rows(samples.margin > 0), rows(samples.wrong), rows(samples.margin)
-    status = np.where(proven, "certified", np.where(wrong, "falsified", "open"))
-    by = np.where(proven, "crown_ibp", np.where(wrong, "prediction", "")).astype(object)
+    end, samples = _clock(seconds, x), _Samples(model, x, threat, y)
+    samples.bound(_ibp)
+    status, margin = samples.status, rows(samples.margin)
+    by = np.where(status == "certified", "crown_ibp", "prediction").astype(object)
     witness = torch.where(_tensor.per_sample(samples.wrong, samples.x) > 0, samples.x, torch.nan)
     undecided = np.flatnonzero(status == "open").tolist()
     for done, i in enumerate(undecided):
-        share = Deadline.after(end.left / (len(undecided) - done))
-        found = samples.decided(i, model.dtype, share)
+        found = samples.decided(i, model.dtype, end.share(len(undecided) - done))
         status[i], by[i], margin[i] = found.status, found.by, found.bound - float(samples.slack[i])
         if found.witness is not None:
             witness[i] = found.witness
     return samples.stated("complete", margin=margin, status=status, by=by, witness=rows(witness))
 
 
-def _register(
-    name: str, spans: Callable[[Network, Region, Deadline], Span_of], steps: int, summary: str
-) -> None:
+def _register(name: str, spans: Spans, steps: int, summary: str) -> None:
     def method(
         model: Model, x: Tensor, threat: LpBall, y: Tensor | None, seconds: float = math.inf
     ) -> Certificate:
-        end, samples = Deadline.after(seconds * len(x)), _Samples(model, x, threat, y)
-        samples.bound(lambda region: spans(samples.network, region, end), steps)
+        end, samples = _clock(seconds, x), _Samples(model, x, threat, y)
+        samples.bound(spans, steps, end)
         return samples.stated(name)
 
     method.__doc__ = summary
@@ -252,6 +254,14 @@ def _looks(x: Tensor, threat: LpBall) -> Iterator[Tensor]:
         yield threat.enclose(x, wide + share * threat.argmax(drawn, wide))
 
 
+def _ibp(network: Network, region: Region, end: Deadline) -> Span_of:
+    return interval_bounds(network, region)
+
+
+def _crown(network: Network, region: Region, end: Deadline) -> Span_of:
+    return crown_bounds(network, region, deadline=end)
+
+
 _register(
     "alpha_crown",
     lambda network, region, end: crown_bounds(network, region, steps=REFINED, deadline=end),
@@ -260,13 +270,13 @@ _register(
 )
 _register(
     "crown",
-    lambda network, region, end: crown_bounds(network, region, deadline=end),
+    _crown,
     0,
     "Linear bounds carried backward through the network (Zhang et al., 2018).",
 )
 _register(
     "ibp",
-    lambda network, region, end: interval_bounds(network, region),
+    _ibp,
     0,
     "Intervals of what enters each activation, and one backward pass from the outputs.",
 )

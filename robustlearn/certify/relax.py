@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from robustlearn._tensor import flat
-from robustlearn.models.trace import Network
+from robustlearn.models.graph import Network
 from robustlearn.threats import LpBall
 
 Span = tuple[Tensor, Tensor]

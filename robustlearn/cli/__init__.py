@@ -201,6 +201,9 @@ def certify(
     target: Target = None,
     task: Task = None,
     method: Annotated[str, typer.Option(help="auto, or a method.")] = "auto",
+    seconds: Annotated[
+        float, typer.Option("--seconds", "--budget", help="That a sample may take.", **Number)
+    ] = 1.0,
     out: Annotated[Path | None, typer.Option(help="Folder for the rows.")] = None,
     device: Device = "auto",
     seed: Seed = 0,
@@ -217,7 +220,7 @@ def certify(
     columns = samples.feature_names
     threat = inputs.threat(norm, eps, lower, upper, features=features, columns=columns)
     with wrapped.on(device):
-        result = inputs.certificate(wrapped, samples, indices, threat, method)
+        result = inputs.certificate(wrapped, samples, indices, threat, method, seconds)
     if out is not None:
         inputs.write_certificate(out, result)
     if as_json:

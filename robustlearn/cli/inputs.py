@@ -94,17 +94,18 @@ def model(name: str, *, task: str | None, allow_pickle: bool) -> Model:
 
 
 def certificate(
-    wrapped: Model, dataset: data.Dataset, indices: np.ndarray, threat: LpBall, method: str
-) -> dict[str, Any]:
-    """Certify the labels and return plain data: the total, and one row a sample."""
-    found = rl.certify(wrapped, dataset.x, threat, y=dataset.y, method=method)
-    names = ("radius", "certified", "margin", "lower", "upper", "loss")
+    wrapped: Model, dataset: data.Dataset, indices: np.ndarray, threat: LpBall, method: str,
+    seconds: float,
+) -> dict[str, Any]:  # fmt: skip
+    """Certify the labels and return plain data: the totals, and one row a sample."""
+    found = rl.certify(wrapped, dataset.x, threat, y=dataset.y, method=method, seconds=seconds)
+    names = ("status", "by", "radius", "certified", "margin", "lower", "upper", "loss")
     columns = {name: value for name in names if (value := getattr(found, name)) is not None}
     rows = [
         {
             "index": int(index),
             "label": dataset.y[i].item(),
-            **{name: column[i].item() for name, column in columns.items()},
+            **{name: column[i : i + 1].tolist()[0] for name, column in columns.items()},
         }
         for i, index in enumerate(indices)
     ]
@@ -119,6 +120,8 @@ def certificate(
         "threat": {**threat.describe(), "text": str(threat)},
         "method": found.method,
         "exact": found.exact,
+        "alpha": found.alpha,
+        "open": None if found.status is None else float((found.status == "open").mean()),
         "certified": dataclasses.asdict(total),
         "samples": rows,
     }

@@ -33,6 +33,8 @@ def show_certificate(result: dict[str, Any], out: Path | None) -> None:
     """Print what was proven."""
     console = Console()
     exact = ", exact" if result["exact"] else ""
+    if result["alpha"]:
+        exact = f", each wrong with probability at most {result['alpha']:g}"
     console.print(Text(f"{result['model']} on {result['data']}, {result['threat']['text']}"))
     console.print(Text(f"method: {result['method']}{exact}; {len(result['samples'])} samples"))
     total = figure(result["certified"], result["task"])
@@ -43,6 +45,8 @@ def show_certificate(result: dict[str, Any], out: Path | None) -> None:
         quartiles = " / ".join(f"{v:.4g}" for v in np.quantile(radius, [0.25, 0.5, 0.75]))
         console.print(Text(f"right and certified: {total}"))
         console.print(Text(f"radius, quartiles: {quartiles}"))
+    if result["open"] is not None:
+        console.print(Text(f"neither certified nor falsified: {result['open']:.1%}"))
     if out is not None:
         console.print(Text(f"rows: {out / 'samples.csv'}"))
 

@@ -33,7 +33,12 @@ def read(path: str | Path, shape: tuple[int, ...], outputs: int) -> list[Query]:
     InputError for a file that says anything else, for inputs without both bounds, and where every
     box is empty.
     """
-    name, terms = Path(path).name, _terms(Path(path).read_text())
+    name = Path(path).name
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{name} is no text: unpack it if it is compressed") from None
+    terms = _terms(text, name)
     asserted = []
     for term in terms:
         if term[:1] == ["assert"] and len(term) == 2:
@@ -55,7 +60,7 @@ def _text(term: Any) -> str:
     return f"({' '.join(map(_text, term))})" if isinstance(term, list) else str(term)
 
 
-def _terms(text: str) -> list[Any]:
+def _terms(text: str, name: str) -> list[Any]:
     """Read S-expressions as nested lists."""
     whole: list[Any] = []
     stack = [whole]
@@ -66,11 +71,11 @@ def _terms(text: str) -> list[Any]:
         elif token == ")":
             stack.pop()
             if not stack:
-                raise InputError("a bracket is closed that was not opened")
+                raise InputError(f"{name}: a bracket is closed that was not opened")
         else:
             stack[-1].append(token)
     if len(stack) > 1:
-        raise InputError("a bracket is not closed: is the file whole?")
+        raise InputError(f"{name}: a bracket is not closed: is the file whole?")
     return whole
 
 
@@ -131,9 +136,10 @@ def _region(box: Box, shape: tuple[int, ...], name: str) -> Region:
     size = math.prod(shape)
     bounds = [box.get(index, (-math.inf, math.inf)) for index in range(size)]
     low, high = torch.tensor(bounds, dtype=torch.float64).reshape(size, 2).unbind(1)
-    if set(box) - set(range(size)) or not bool((low.isfinite() & high.isfinite()).all()):
+    wide = (~(low.isfinite() & high.isfinite())).nonzero().flatten().tolist()
+    if wrong := sorted(set(box) - set(range(size))) or wide:
         raise InputError(
-            f"{name}: each of the {size} inputs needs two bounds, and there are others"
+            f"{name}: each of the {size} inputs needs two bounds, and no other; see X_{wrong[0]}"
         )
     low, high = low.reshape(shape), high.reshape(shape)
     middle = ((low + high) / 2)[None]

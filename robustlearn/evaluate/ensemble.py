@@ -201,6 +201,11 @@ class _Evaluation:
         notes = [*self.model.notes, *self.judgement.notes, *self.notes]
         if detects(self.model.source):
             notes += told_apart(samples, certified=certificate is not None)
+        if certificate is not None and certificate.alpha > 0:
+            notes.append(
+                f"what {certificate.method} says of a sample is not proven: it is wrong with "
+                f"probability at most {certificate.alpha:g}"
+            )
         found, proven = self.known.totals(certificate)
         if proven is not None and self.model.task == "classification":
             about["open"] = found.value - proven.value

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from robustlearn._tensor import is_out_of_memory
 from robustlearn.errors import InputError, ModelError
-from robustlearn.models.trace import Network
+from robustlearn.models.graph import Network
 from robustlearn.models.trees import Trees
 
 Task = Literal["classification", "regression"]

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from robustlearn.errors import InputError
 from robustlearn.models.base import Model
-from robustlearn.models.trace import Network, trace
+from robustlearn.models.graph import Network
+from robustlearn.models.trace import trace
 
 
 class Standardize(nn.Module):
@@ -119,11 +120,14 @@ class TorchModel(Model):
     def _through(self, point: Tensor) -> Any:
         if self._head is None:
             return self.module(point)
-        hook = self._head.register_forward_hook(lambda module, inputs, output: inputs[0])
+        own = vars(self._head)  # by no hook: the softmax would still run, and be recorded
+        kept, own["forward"] = own.get("forward"), lambda x: x
         try:
             return self.module(point)
         finally:
-            hook.remove()
+            del own["forward"]
+            if kept is not None:
+                own["forward"] = kept
 
     def _find_head(self, x: Tensor) -> None:
         """Look for a softmax or sigmoid that runs once, and whose output is the network's."""
