@@ -166,6 +166,17 @@ def test_a_stream_keeps_a_bounded_number_of_rows_and_follows_the_data():
     assert (detector.predict(far) == -1).mean() < 0.2
     with pytest.raises(InputError, match="partial_fit calibrates"):
         quick(calibration=0.2).partial_fit(far)
+    held_out = quick(calibration=0.2).fit(far).set_params(calibration="bagged")
+    with pytest.raises(InputError, match="calibration cannot change within a stream"):
+        held_out.partial_fit(far)
+
+
+def test_contamination_is_the_share_of_all_rows_kept_and_not_of_the_last_batch():
+    detector = quick(contamination=0.2).fit(normal(200))
+    for row in (0.0, 9.0):
+        detector.partial_fit(np.full((1, 3), row))
+        flagged = detector.predict(detector.rows_.numpy()) == -1
+        assert flagged.mean() == pytest.approx(0.2, abs=0.01)
 
 
 def test_partial_fit_goes_on_from_fit():

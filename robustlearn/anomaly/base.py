@@ -56,12 +56,12 @@ class Detector(OutlierMixin, BaseEstimator):
         self._check_options()
         rows = self._rows(X, reset=True)
         generator = torch.Generator().manual_seed(self._seed())
-        self._settle(rows, _thinned(rows, self.max_rows, generator), generator)
+        self._settle(_thinned(rows, self.max_rows, generator), generator)
         return self
 
-    def _settle(self, rows: Array, kept: Array, generator: torch.Generator) -> None:
+    def _settle(self, rows: Array, generator: torch.Generator) -> None:
         """Learn the score from the rows kept, calibrate it, and place the threshold."""
-        learnt, held_out = self._divided(kept, generator)
+        learnt, held_out = self._divided(rows, generator)
         self.rows_ = torch.from_numpy(learnt)
         self.score_ = self._learnt(self.rows_, generator)
         new = -self.score_.of_training.numpy() if held_out is None else self._scores(held_out)

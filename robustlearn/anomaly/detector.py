@@ -24,7 +24,7 @@ from robustlearn.registry import COUNT, NATURAL, NOT_NEGATIVE, POSITIVE, Range
 KINDS = ("fused", "feature", "logit")
 LIMIT = 3.0  # standard deviations at which the critics' voice is cut: far away they know nothing
 COPIES = 0.1  # share of training rows that repeat at which distances are no longer local
-FIXED = ("critics", "width", "generator", "max_rows")  # of what a stream has begun with
+FIXED = ("critics", "width", "generator", "max_rows", "calibration")  # in a stream
 NUMBERS = {
     "critics": NATURAL,
     "width": COUNT,
@@ -71,7 +71,7 @@ class HardNegativeDetector(Detector):
     generator : also train a network to place negatives at the critics' boundary, spread out, and
         take a quarter of the negatives from it. It did not help on average.
     contamination : ``"auto"`` places the threshold so that new normal rows are flagged at the rate
-        ``false_alarm``; a number in (0, 0.5] so that this share of the training rows is.
+        ``false_alarm``; a number in (0, 0.5] so that this share of the training rows kept is.
     false_alarm : rate of flagged normal rows under ``contamination="auto"``.
     calibration : ``"bagged"`` takes the scores that training rows get without themselves, and from
         critics that did not see them: the rate of false alarms is then approximate, and of few
@@ -173,9 +173,9 @@ class HardNegativeDetector(Detector):
         Raises
         ------
         InputError as for `fit`; for another number of features; for ``critics``, ``width``,
-        ``generator`` or ``max_rows`` that were changed since the first batch; and for a
-        ``calibration`` other than ``"bagged"``: critics that train on have seen the rows that
-        were held out before.
+        ``generator``, ``max_rows`` or ``calibration`` that were changed since the first batch; and
+        for a ``calibration`` other than ``"bagged"``: critics that train on have seen the rows
+        that were held out before.
         """
         self._check_options()
         if self.calibration != BAGGED:
@@ -199,7 +199,7 @@ class HardNegativeDetector(Detector):
         if not hasattr(self, "stream_"):
             self.stream_, self._begun = Stream(int(self.max_rows), self._seed()), self._fixed()
         self._new = self.stream_.add(rows)
-        self._settle(rows, self.stream_.rows, self.stream_.generator)
+        self._settle(self.stream_.rows, self.stream_.generator)
         return self
 
     def _fixed(self) -> dict[str, Any]:
