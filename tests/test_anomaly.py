@@ -10,7 +10,7 @@ import torch
 from scipy.stats import spearmanr
 from sklearn.ensemble import IsolationForest
 from sklearn.metrics import roc_auc_score
-from sklearn.neighbors import NearestNeighbors
+from sklearn.neighbors import LocalOutlierFactor, NearestNeighbors
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import robustlearn as rl
@@ -146,6 +146,23 @@ def test_the_threshold_is_one_of_the_scores_at_every_rate():
         assert conformal.threshold(np.arange(10.0), rate) in range(10)
 
 
+def test_the_threshold_is_that_of_the_p_value_also_where_products_are_rounded():
+    """0.29·100 is 28.999999999999996, and 29/100 ≤ 0.29."""
+    scores = np.arange(99.0)
+    flagged = scores < conformal.threshold(scores, 0.29)
+    np.testing.assert_array_equal(flagged, p_values(scores, scores) <= 0.29)
+
+
+def test_rows_are_judged_by_critics_that_did_not_see_them():
+    """Critics that were trained on 30 rows accept those, and would flag most of the others."""
+    rates = []
+    for seed in range(4):
+        x = np.random.default_rng(seed).standard_t(3, size=(230, 10))
+        detector = quick(kind="logit", critics=4, steps=100, random_state=seed).fit(x[:30])
+        rates.append((detector.p_values(x[30:]) <= 0.1).mean())
+    assert np.mean(rates) < 0.15
+
+
 def test_a_share_of_contamination_is_flagged_in_training():
     x = normal(200)
     assert (quick(contamination=0.2).fit(x).predict(x) == -1).sum() == 40
@@ -273,6 +290,17 @@ def test_other_detectors_are_black_boxes_of_the_same_two_classes():
     assert not model.differentiable
     assert model.classes.tolist() == [-1, 1]
     np.testing.assert_array_equal(model.classes[model(x).argmax(1)], forest.predict(x.numpy()))
+
+
+@pytest.mark.parametrize(
+    "other", [IsolationForest(n_estimators=5, random_state=0), LocalOutlierFactor(novelty=True)]
+)
+def test_evasions_of_other_detectors_are_told_too(other):
+    """One that scores new rows need not have fit_predict."""
+    x, threat = normal(100), rl.LpBall(2, 0.1)
+    y = other.fit(x).predict(x)
+    report = rl.evaluate(other, x[:8], y[:8], threat, attacks=["square"], certify="none")
+    assert report.notes[-1].startswith("false alarm: of the normal rows that are accepted")
 
 
 # ---------------------------------------------------------------- rows that repeat

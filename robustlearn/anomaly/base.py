@@ -151,6 +151,11 @@ class Detector(OutlierMixin, BaseEstimator):
     # ------------------------------------------------------------------ input
 
     def _rows(self, X: Any, *, reset: bool) -> Array:
+        if any(getattr(kind, "kind", None) in ("m", "M") for kind in _kinds(X)):
+            raise InputError(
+                "X holds dates or times, which have no unit that distances could be measured in; "
+                "encode them as numbers first, for example days since the first"
+            )
         try:
             rows = validate_data(
                 self,
@@ -237,6 +242,11 @@ def _thinned(rows: Array, most: int, generator: torch.Generator) -> Array:
     if len(rows) <= most:
         return rows
     return rows[torch.randperm(len(rows), generator=generator)[:most].numpy()]
+
+
+def _kinds(X: Any) -> Collection[Any]:
+    """Return the types of the columns of a table, or the one of an array."""
+    return getattr(X, "dtypes", (getattr(X, "dtype", None),))
 
 
 def _remedy(said: str) -> str:

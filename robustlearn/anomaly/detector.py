@@ -63,7 +63,7 @@ class HardNegativeDetector(Detector):
         critics' last hidden layer; or ``"logit"``, the critics alone.
     ranks : use the geometry of ranks beside that of ranges.
     local : measure distances in units of the spacing of normal rows where they lie.
-    critics : how many; 0 for none.
+    critics : how many; 0 for none, and a single one with rows held out only (``calibration``).
     logit_weight : w, the critics' weight in the fused score.
     width, steps, batch_size, learning_rate : of the critics and their training.
     loss : critic's loss, by its name in ``robustlearn.gan.LOSSES``; one that reads scores.
@@ -304,6 +304,11 @@ class HardNegativeDetector(Detector):
                 raise InputError(f"{name} must be True or False; got {getattr(self, name)!r}")
         if not self.critics and self.kind != "fused":
             raise InputError(f"kind={self.kind!r} is that of critics, and critics=0: give some")
+        if self.critics == 1 and self.calibration == BAGGED:
+            raise InputError(
+                f"one critic sees all rows, and calibration={BAGGED!r} asks those that did not see "
+                "a row: give critics=2 or more, or calibration=0.2, which holds rows out"
+            )
         pair = adversarial.get(self.loss)
         if pair.critic_on != "scores":
             raise InputError(
