@@ -85,6 +85,12 @@ def test_modes_need_their_share():
     assert (halves.modes, halves.high_quality) == (0, 0.0)
 
 
+def test_a_mode_ends_at_three_standard_deviations_and_needs_a_sample():
+    centres = torch.tensor([[0.0, 0.0], [9.0, 0.0]])
+    found = metrics.mode_coverage(torch.tensor([[0.29, 0.0], [8.69, 0.0]]), centres, 0.1, least=0.0)
+    assert (found.modes, found.high_quality) == (1, 0.5)
+
+
 def test_precision_and_recall_tell_invention_from_omission():
     left, right = normal(300, 2), normal(300, 2, seed=1) + 20
     again = normal(300, 2, seed=2)
@@ -127,6 +133,15 @@ def lorenz(points, every=20, step=0.01):
 
 def test_the_correlation_dimension_of_the_lorenz_attractor():
     assert metrics.correlation_dimension(lorenz(4000), window=5) == pytest.approx(2.05, abs=0.03)
+
+
+def test_pairs_that_are_close_in_time_are_left_out():
+    """Each point of a circle eight times over, one after the other: clusters, of dimension 0."""
+    angles = 2 * math.pi * torch.rand(500, generator=torch.Generator().manual_seed(0))
+    points = torch.stack([angles.cos(), angles.sin()], 1).double().repeat_interleave(8, 0)
+    points += 1e-9 * normal(4000, 2)
+    assert metrics.correlation_dimension(points, window=7) == pytest.approx(1.0, abs=0.1)
+    assert metrics.correlation_dimension(points) < 0.5
 
 
 @pytest.mark.parametrize("dimension", [1, 2])

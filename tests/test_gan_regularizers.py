@@ -74,6 +74,21 @@ def test_dragan_stays_near_real_samples():
     assert 0.3 < float(moved.max()) < 0.5
 
 
+def test_dragan_moves_by_the_deviation_over_all_features_and_asks_for_slope_one():
+    """u·c·std(x)·v of independent u and v has the mean c·std(x)/4 in every feature."""
+    real = torch.tensor([0.0, 1.0, 5.0]) * torch.randn(4000, 3, generator=torch.Generator())
+    seen = []
+
+    def flat(x):
+        seen.append(x.detach())
+        return 0.5 * x[:, 0]
+
+    (penalty,) = regularizers.penalties("dragan:weight=4:spread=1")
+    assert penalty(flat, real, real, torch.arange(4000)).tolist() == pytest.approx([1.0] * 4000)
+    moved = (seen[0] - real).mean(0) / real.std()
+    assert moved.tolist() == pytest.approx([0.25] * 3, rel=0.05)
+
+
 def test_penalties_have_the_derivative_of_finite_differences():
     real, fake = clouds()
     weight = torch.tensor([0.3, -0.7], dtype=torch.float64, requires_grad=True)
@@ -115,6 +130,10 @@ def test_minibatch_discrimination_counts_who_is_close():
         layer.weight.fill_(2.0)
     found = layer(torch.tensor([[0.0], [1.0], [1.0]]))
     assert found[:, 1].tolist() == pytest.approx([2 * close, 1 + close, 1 + close])
+    table = MinibatchDiscrimination(1, tables=1, width=2)  # the distance is that of ‖·‖₁
+    with torch.no_grad():
+        table.weight.fill_(1.0)
+    assert table(torch.tensor([[0.0], [1.0]]))[:, 1].tolist() == pytest.approx([close, close])
 
 
 def test_packs_are_of_neighbours():
