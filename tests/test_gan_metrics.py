@@ -47,6 +47,10 @@ def test_the_bandwidth_is_the_median_of_the_distances():
     rare = torch.zeros(40, 2)
     rare[:4] = torch.tensor([0.0, 3.0])
     assert kernels.median_bandwidth(rare, rare[:0]) == 3.0  # of the pairs that differ
+    gaps = x.index_fill(0, torch.tensor([4]), math.nan)
+    assert kernels.median_bandwidth(gaps, y) == pytest.approx(float(wanted), rel=0.1)
+    with pytest.raises(InputError, match="no two points are a finite distance apart"):
+        kernels.median_bandwidth(gaps * math.nan, y[:0])
 
 
 @pytest.mark.parametrize("sizes", [(50, 50), (31, 70), (1, 9)])
