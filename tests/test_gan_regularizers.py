@@ -2,15 +2,23 @@
 
 import doctest
 import math
+import pickle
 
 import pytest
 import torch
+from gans import fitted, networks
 from torch import nn
 
 from robustlearn.errors import InputError
-from robustlearn.gan import regularizers
+from robustlearn.gan import losses, regularizers
 from robustlearn.gan.mixtures import perceptron
-from robustlearn.gan.regularizers import PENALTIES, MinibatchDiscrimination, packed, spectral
+from robustlearn.gan.regularizers import (
+    PENALTIES,
+    MinibatchDiscrimination,
+    clipped,
+    packed,
+    spectral,
+)
 
 KEYS = torch.arange(64)
 
@@ -124,6 +132,33 @@ def test_spectral_normalisation_is_that_of_the_svd():
     assert float(slopes.max()) <= 1.001
 
 
+def test_clipped_weights_are_held_and_can_leave_the_edge():
+    """The critic of 0 against 5 runs to the edge −c, and back to c when they swap."""
+    torch.manual_seed(0)
+    critic = clipped(nn.Linear(1, 1), 0.1)
+    optimizer = torch.optim.SGD(critic.parameters(), 0.02)
+    slopes = []
+    for real, fake in [(0.0, 5.0)] * 5 + [(5.0, 0.0)] * 5:
+        optimizer.zero_grad()
+        r, q = (critic(torch.full((4, 1), at))[:, 0] for at in (real, fake))
+        slopes.append(float(critic.weight.detach()))
+        losses.get("wasserstein").critic(r, q).mean().backward()
+        optimizer.step()
+    critic(torch.zeros(1, 1))
+    assert slopes[4] == pytest.approx(-0.1)
+    assert float(critic.weight.detach()) == pytest.approx(0.1)
+    assert max(abs(slope) for slope in slopes[1:]) <= 0.1 + 1e-6
+
+
+def test_a_wasserstein_critic_that_is_clipped_is_played_and_kept():
+    critic = clipped(perceptron(2, 1, width=8), 0.05)
+    result = fitted(networks()[0], critic, loss="wasserstein", penalty="", unroll=1, lr=1e-2)
+    assert math.isfinite(result.figures["sliced_wasserstein"])
+    again = pickle.loads(pickle.dumps(result.critic))
+    again(torch.zeros(1, 2))
+    assert max(float(w.detach().abs().max()) for w in again.parameters()) <= 0.05 + 1e-6
+
+
 def test_minibatch_discrimination_counts_who_is_close():
     layer, close = MinibatchDiscrimination(1, tables=1, width=1), math.exp(-2)
     with torch.no_grad():
@@ -153,6 +188,7 @@ def test_what_cannot_be_is_refused():
         (lambda: regularizers.penalties("r1:weight=abc"), "weight must be a number"),
         (lambda: regularizers.penalties("dragan:weight=-1"), "weight must be a number"),
         (lambda: spectral(nn.ReLU()), "no linear"),
+        (lambda: clipped(nn.Linear(1, 1), 0.0), "positive bound"),
         (lambda: spectral(perceptron(2, 1, zero=True)), "starts at 0"),
         (lambda: packed(torch.zeros(3, 1), 4), "1 to 3"),
     ):
