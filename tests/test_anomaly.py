@@ -16,7 +16,9 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 import robustlearn as rl
 from robustlearn.anomaly import HardNegativeDetector, MeanNeighborDetector, conformal, p_values
 from robustlearn.anomaly import detector as detector_module
+from robustlearn.anomaly.explanation import _restored
 from robustlearn.anomaly.scaling import by_range, by_rank
+from robustlearn.anomaly.stream import Stream
 from robustlearn.errors import InputError
 from robustlearn.evaluate.detectors import told_apart
 from robustlearn.evaluate.results import Sample
@@ -196,6 +198,16 @@ def test_contamination_is_the_share_of_all_rows_kept_and_not_of_the_last_batch()
         assert flagged.mean() == pytest.approx(0.2, abs=0.01)
 
 
+def test_a_stream_keeps_early_and_late_rows_alike():
+    kept = []
+    for seed in range(20):
+        stream = Stream(50, seed)
+        for first in range(0, 1000, 100):
+            stream.add(np.arange(first, first + 100.0)[:, None])
+        kept.append(stream.rows)
+    assert np.mean(kept) == pytest.approx(499.5, abs=30)  # four standard deviations
+
+
 def test_partial_fit_goes_on_from_fit():
     x, more = normal(80), normal(40, seed=1)
     detector = quick().fit(x).partial_fit(more)
@@ -246,6 +258,14 @@ def test_an_explanation_where_hardly_a_training_row_is_accepted(x, options):
     detector = MeanNeighborDetector(random_state=0, **options).fit(x)
     (found,) = detector.explain([[50.0, 50.0]])
     assert detector.predict(found.accepted[None]) == 1
+
+
+def test_features_are_put_back_as_long_as_that_is_accepted():
+    """Accepted where the first feature is 1: the others need not have changed."""
+    x, unit = torch.zeros(2, 3), torch.ones(3)
+    point = torch.tensor([[1.0, 0.5, -2.0], [0.1, 1.0, 0.0]])
+    restored = _restored(lambda at: at[:, 0] + at[:, 1] >= 1, x, point, unit)
+    assert restored.tolist() == [[1, 0, 0], [0, 1, 0]]
 
 
 def test_where_nothing_is_accepted_there_is_no_explanation():
