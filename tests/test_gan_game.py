@@ -238,6 +238,29 @@ def test_an_auxiliary_classifier_makes_labels_count():
     assert obeyed[0] < 0.8
 
 
+def test_packs_reach_the_critic():
+    generator, critic = networks(packing=3)
+    seen = []
+    critic.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
+    x = ring().sample(64)
+    fitted(generator, critic, data=x, packing=3, penalty="")
+    batch = x[next(iter(play_order(x)))]
+    assert any(
+        part.equal(torch.cat([batch, batch.roll(-1, 0), batch.roll(-2, 0)], 1)) for part in seen
+    )
+    with pytest.raises(RuntimeError):  # torch: the critic's input is too small
+        fitted(*networks(packing=1), packing=3)
+
+
+def test_images_are_data_too():
+    generator = nn.Sequential(nn.Linear(2, 16), nn.Unflatten(1, (1, 4, 4)))
+    critic = nn.Sequential(nn.Flatten(), nn.Linear(2 * 16, 1))
+    data = torch.rand(100, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    result = fitted(generator, critic, data=data, packing=2)
+    assert result.sample(3).shape == (3, 1, 4, 4)
+    assert math.isfinite(result.figures["mmd"])
+
+
 @pytest.mark.parametrize("label", [0, 1])
 def test_a_critic_learns_the_classes_of_generated_samples_too(label):
     """Real samples of one class and generated ones at a point: the gradient is the sum of both."""
@@ -260,26 +283,3 @@ def test_a_critic_learns_the_classes_of_generated_samples_too(label):
     pull = 0.1 * 2.0 * 0.5 * (1.0 + 5.0)  # rate · weight · share of the other class · (x + G)
     sign = 1 if label == 0 else -1
     assert critic.weight.flatten().tolist() == pytest.approx([sign * pull, -sign * pull])
-
-
-def test_packs_reach_the_critic():
-    generator, critic = networks(packing=3)
-    seen = []
-    critic.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
-    x = ring().sample(64)
-    fitted(generator, critic, data=x, packing=3, penalty="")
-    batch = x[next(iter(play_order(x)))]
-    assert any(
-        part.equal(torch.cat([batch, batch.roll(-1, 0), batch.roll(-2, 0)], 1)) for part in seen
-    )
-    with pytest.raises(RuntimeError):  # torch: the critic's input is too small
-        fitted(*networks(packing=1), packing=3)
-
-
-def test_images_are_data_too():
-    generator = nn.Sequential(nn.Linear(2, 16), nn.Unflatten(1, (1, 4, 4)))
-    critic = nn.Sequential(nn.Flatten(), nn.Linear(2 * 16, 1))
-    data = torch.rand(100, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    result = fitted(generator, critic, data=data, packing=2)
-    assert result.sample(3).shape == (3, 1, 4, 4)
-    assert math.isfinite(result.figures["mmd"])
