@@ -169,6 +169,10 @@ def _rows_of_npz(path: Path) -> np.ndarray:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path.name} is not a readable .npz file of numbers: {error}") from error
+    if not x.ndim or not x.size or x.dtype.kind not in "biuf":
+        raise InputError(
+            f"{path.name} holds {name} of {x.dtype} {x.shape}; numbers (n, d) were expected"
+        )
     return x.reshape(len(x), -1)
 
 
@@ -176,9 +180,26 @@ def _table(path: Path) -> Any:
     import pandas
 
     try:
-        return pandas.read_csv(path)
+        table = pandas.read_csv(path)
     except (pandas.errors.ParserError, pandas.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise InputError(f"{path.name} is not a readable table: {error}") from error
+    if _are_numbers(names := [str(c) for c in table.columns]):
+        raise InputError(
+            f"the first line of {path.name} holds numbers, {', '.join(names[:4])}: it would be "
+            "read as the names of the columns; put a line of names before it"
+        )
+    return table
+
+
+def _are_numbers(names: list[str]) -> bool:
+    """Tell a row of numbers from names, among which 0, 1, 2, … are: pandas writes those."""
+    if all(name.isdecimal() for name in names):
+        places = [int(name) for name in names]
+        return places != sorted(set(places))
+    try:
+        return bool([float(name) for name in names])
+    except ValueError:
+        return False
 
 
 def _without(table: Any, column: str, path: Path) -> Any:

@@ -10,13 +10,15 @@ import torch
 from scipy.stats import spearmanr
 from sklearn.ensemble import IsolationForest
 from sklearn.metrics import roc_auc_score
-from sklearn.neighbors import NearestNeighbors
+from sklearn.neighbors import LocalOutlierFactor, NearestNeighbors
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import robustlearn as rl
 from robustlearn.anomaly import HardNegativeDetector, MeanNeighborDetector, conformal, p_values
 from robustlearn.anomaly import detector as detector_module
+from robustlearn.anomaly.explanation import _restored
 from robustlearn.anomaly.scaling import by_range, by_rank
+from robustlearn.anomaly.stream import Stream
 from robustlearn.errors import InputError
 from robustlearn.evaluate.detectors import told_apart
 from robustlearn.evaluate.results import Sample
@@ -146,6 +148,23 @@ def test_the_threshold_is_one_of_the_scores_at_every_rate():
         assert conformal.threshold(np.arange(10.0), rate) in range(10)
 
 
+def test_the_threshold_is_that_of_the_p_value_also_where_products_are_rounded():
+    """0.29·100 is 28.999999999999996, and 29/100 ≤ 0.29."""
+    scores = np.arange(99.0)
+    flagged = scores < conformal.threshold(scores, 0.29)
+    np.testing.assert_array_equal(flagged, p_values(scores, scores) <= 0.29)
+
+
+def test_rows_are_judged_by_critics_that_did_not_see_them():
+    """Critics that were trained on 30 rows accept those, and would flag most of the others."""
+    rates = []
+    for seed in range(4):
+        x = np.random.default_rng(seed).standard_t(3, size=(230, 10))
+        detector = quick(kind="logit", critics=4, steps=100, random_state=seed).fit(x[:30])
+        rates.append((detector.p_values(x[30:]) <= 0.1).mean())
+    assert np.mean(rates) < 0.15
+
+
 def test_a_share_of_contamination_is_flagged_in_training():
     x = normal(200)
     assert (quick(contamination=0.2).fit(x).predict(x) == -1).sum() == 40
@@ -166,6 +185,27 @@ def test_a_stream_keeps_a_bounded_number_of_rows_and_follows_the_data():
     assert (detector.predict(far) == -1).mean() < 0.2
     with pytest.raises(InputError, match="partial_fit calibrates"):
         quick(calibration=0.2).partial_fit(far)
+    held_out = quick(calibration=0.2).fit(far).set_params(calibration="bagged")
+    with pytest.raises(InputError, match="calibration cannot change within a stream"):
+        held_out.partial_fit(far)
+
+
+def test_contamination_is_the_share_of_all_rows_kept_and_not_of_the_last_batch():
+    detector = quick(contamination=0.2).fit(normal(200))
+    for row in (0.0, 9.0):
+        detector.partial_fit(np.full((1, 3), row))
+        flagged = detector.predict(detector.rows_.numpy()) == -1
+        assert flagged.mean() == pytest.approx(0.2, abs=0.01)
+
+
+def test_a_stream_keeps_early_and_late_rows_alike():
+    kept = []
+    for seed in range(20):
+        stream = Stream(50, seed)
+        for first in range(0, 1000, 100):
+            stream.add(np.arange(first, first + 100.0)[:, None])
+        kept.append(stream.rows)
+    assert np.mean(kept) == pytest.approx(499.5, abs=30)  # four standard deviations
 
 
 def test_partial_fit_goes_on_from_fit():
@@ -220,6 +260,14 @@ def test_an_explanation_where_hardly_a_training_row_is_accepted(x, options):
     assert detector.predict(found.accepted[None]) == 1
 
 
+def test_features_are_put_back_as_long_as_that_is_accepted():
+    """Accepted where the first feature is 1: the others need not have changed."""
+    x, unit = torch.zeros(2, 3), torch.ones(3)
+    point = torch.tensor([[1.0, 0.5, -2.0], [0.1, 1.0, 0.0]])
+    restored = _restored(lambda at: at[:, 0] + at[:, 1] >= 1, x, point, unit)
+    assert restored.tolist() == [[1, 0, 0], [0, 1, 0]]
+
+
 def test_where_nothing_is_accepted_there_is_no_explanation():
     detector = MeanNeighborDetector().fit(normal(50))
     detector.offset_ = np.inf
@@ -262,6 +310,17 @@ def test_other_detectors_are_black_boxes_of_the_same_two_classes():
     assert not model.differentiable
     assert model.classes.tolist() == [-1, 1]
     np.testing.assert_array_equal(model.classes[model(x).argmax(1)], forest.predict(x.numpy()))
+
+
+@pytest.mark.parametrize(
+    "other", [IsolationForest(n_estimators=5, random_state=0), LocalOutlierFactor(novelty=True)]
+)
+def test_evasions_of_other_detectors_are_told_too(other):
+    """One that scores new rows need not have fit_predict."""
+    x, threat = normal(100), rl.LpBall(2, 0.1)
+    y = other.fit(x).predict(x)
+    report = rl.evaluate(other, x[:8], y[:8], threat, attacks=["square"], certify="none")
+    assert report.notes[-1].startswith("false alarm: of the normal rows that are accepted")
 
 
 # ---------------------------------------------------------------- rows that repeat

@@ -52,13 +52,19 @@ def test_no_point_of_the_threat_passes_the_bounds(detector, name):
         assert bool((z <= high.repeat(30) + 1e-9).all())
 
 
-def test_the_bounds_know_the_density_of_every_row_that_can_become_a_neighbour():
-    """From half-way between dense rows and sparse ones the threat reaches the domain of each."""
-    dense, sparse = 0.01 * torch.arange(7.0), 10.1 + torch.arange(7.0)
-    density = Density(Reference(torch.cat([dense, sparse]).double()[:, None]))
-    here, reach = torch.tensor([[5.0]], dtype=torch.float64), torch.tensor([4.5])
-    low, high = density.enclosed(here, reach)
-    for place in torch.linspace(0.5, 9.5, 50, dtype=torch.float64):
+@pytest.mark.parametrize(
+    ("dense", "sparse", "reach"), [(-5.0, 5.1, 4.5), (299.0, -106.0, 100.0)], ids=["both", "far"]
+)
+def test_the_bounds_know_the_density_of_every_row_that_can_become_a_neighbour(dense, sparse, reach):
+    """Half-way between dense rows and sparse ones the threat reaches the domain of each.
+
+    The far ones are 299 away, the sixth neighbour 105: within that and twice the reach.
+    """
+    rows = torch.cat([dense + 0.001 * torch.arange(7.0), sparse + torch.arange(7.0)])
+    density = Density(Reference(rows.double()[:, None]))
+    here = torch.zeros(1, 1, dtype=torch.float64)
+    low, high = density.enclosed(here, torch.tensor([reach]))
+    for place in torch.linspace(-reach, reach, 51, dtype=torch.float64):
         scores, _ = density(place.reshape(1, 1))
         assert bool((low[:, :2] <= scores).all())
         assert bool((scores <= high[:, :2]).all())

@@ -3,8 +3,10 @@
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from sklearn.metrics import roc_auc_score
 from test_anomaly import normal, quick
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from robustlearn.anomaly import MeanNeighborDetector
 from robustlearn.errors import InputError
@@ -29,6 +31,12 @@ class TestBadInput:
     def test_categories(self, make):
         with pytest.raises(InputError, match="encode text and categories"):
             make().fit(pd.DataFrame({"a": [1.0, 2.0, 3.0], "b": ["x", "y", "x"]}))
+
+    def test_dates(self, make):
+        dates = pd.DataFrame({"a": pd.date_range("2020", periods=20)})
+        for table in (dates, dates.assign(b=1.0), dates.to_numpy(), dates - dates.min()):
+            with pytest.raises(InputError, match="dates or times"):
+                make().fit(table)
 
     def test_one_row(self, make):
         with pytest.raises(InputError, match="minimum of 2"):
@@ -67,11 +75,12 @@ class TestBadInput:
         np.testing.assert_allclose(make().fit(x * unit).anomaly_score(x * unit), here, rtol=1e-6)
 
     def test_a_row_too_far_to_be_measured_is_flagged(self, make):
-        x = normal(60)
-        detector = make().fit(x)
-        row = np.full((1, 3), 1e308)
-        assert np.isfinite(detector.score_samples(row)).all()
-        assert detector.predict(row) == -1
+        """Also where it is so after scaling alone, which made an infinity of it."""
+        for unit in (1.0, 1e-5, 1e-300):
+            detector = make().fit(normal(60) * unit)
+            row = np.full((1, 3), 1e308)
+            assert np.isfinite(detector.score_samples(row)).all()
+            assert detector.predict(row) == -1
 
     @pytest.mark.parametrize(
         ("option", "said"),
@@ -89,11 +98,45 @@ class TestBadInput:
             make(**option).fit(normal(20))
 
 
+class Largest(TorchDispatchMode):
+    """Remembers how many numbers the largest tensor held."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor):
+            self.numbers = max(self.numbers, found.numel())
+        return found
+
+
+@pytest.mark.parametrize(
+    ("make", "rows", "features", "times"),
+    [(MeanNeighborDetector, 3000, 20, 2), (quick, 300, 300, 7)],
+)
+def test_memory_is_bounded_by_the_rows(make, rows, features, times):
+    """A fit held seven neighbours of all rows at once, a map by ranks (features, 200, 200)."""
+    with Largest() as largest:
+        make(random_state=0).fit(normal(rows, features))
+    assert largest.numbers < times * rows * features
+
+
+def test_a_single_critic_is_calibrated_by_rows_held_out():
+    """Asked what it says of the rows that it has seen, it flagged 87% of normal ones at 10%."""
+    rates = []
+    for seed in range(4):
+        x = np.random.default_rng(seed).standard_t(3, size=(460, 10))
+        detector = quick(critics=1, kind="logit", steps=100, calibration=0.5).fit(x[:60])
+        rates.append((detector.p_values(x[60:]) <= 0.1).mean())
+    assert np.mean(rates) < 0.2
+
+
 @pytest.mark.parametrize(
     ("option", "said"),
     [
         ({"kind": "both"}, "kind must be one of"),
         ({"critics": 0, "kind": "logit"}, "critics=0: give some"),
+        ({"critics": 1}, "one critic sees all rows"),
         ({"loss": "began"}, "reads the critic's errors"),
         ({"loss": "no such"}, "there is no adversarial loss"),
         ({"device": "no such"}, "cannot be used"),

@@ -97,6 +97,22 @@ def test_rows_that_cannot_be_read_are_told_by_place(folder, capsys):
     assert "random_state must be" in capsys.readouterr().err
 
 
+def test_a_table_without_names_is_not_read_short_of_a_row(folder, capsys):
+    (folder / "bare.csv").write_text("0.5,0,1\n1,2,3\n4,5,6\n")
+    assert detect(data="bare.csv", score="bare.csv") == 2
+    assert "the first line of bare.csv holds numbers, 0.5, 0, 1" in capsys.readouterr().err
+    (folder / "counted.csv").write_text("0,1,3\n1,2,3\n4,5,6\n")  # as pandas names columns
+    assert detect("--json", data="counted.csv", score="counted.csv") == 0
+    assert len(json.loads(capsys.readouterr().out)["samples"]) == 2
+
+
+@pytest.mark.parametrize("x", [[["1", "a"], ["2", "b"]], [], 3.0])
+def test_arrays_that_are_no_rows_of_numbers(folder, capsys, x):
+    np.savez(folder / "other.npz", x=x)
+    assert detect(data="other.npz") == 2
+    assert "numbers (n, d) were expected" in capsys.readouterr().err
+
+
 def test_a_row_beyond_all_measure_is_flagged_and_reported(folder):
     (folder / "huge.csv").write_text("a,<b>,c\n0,0,0\n1e308,0,0\n")
     assert detect("--out", "huge", "--quiet", score="huge.csv") == 0

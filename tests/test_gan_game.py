@@ -272,3 +272,27 @@ def test_images_are_data_too():
     result = fitted(generator, critic, data=data, packing=2)
     assert result.sample(3).shape == (3, 1, 4, 4)
     assert math.isfinite(result.figures["mmd"])
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_a_critic_learns_the_classes_of_generated_samples_too(label):
+    """Real samples of one class and generated ones at a point: the gradient is the sum of both."""
+    x, y = torch.ones(32, 1), torch.full((32,), label)
+    generator, critic = nn.Linear(2, 1), nn.Linear(1, 2)
+    for weight in (generator.weight, generator.bias, critic.weight, critic.bias):
+        nn.init.constant_(weight, 0.0)
+    nn.init.constant_(generator.bias, 5.0)
+
+    class Told(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.classes = critic
+
+        def forward(self, x):
+            return Judgement(scores=0 * x[:, 0], classes=self.classes(x))
+
+    options = {"auxiliary": 2.0, "penalty": "", "optimizer": "sgd", "lr": 0.0, "critic_lr": 0.1}
+    fitted(generator, Told(), data=(x, y), **options)
+    pull = 0.1 * 2.0 * 0.5 * (1.0 + 5.0)  # rate · weight · share of the other class · (x + G)
+    sign = 1 if label == 0 else -1
+    assert critic.weight.flatten().tolist() == pytest.approx([sign * pull, -sign * pull])

@@ -253,6 +253,25 @@ def test_mmd_is_that_of_two_normals():
     assert error < 0.005
 
 
+def test_the_relativistic_average_of_two_samples_a_side():
+    """Each real score against the mean of the generated ones, and the other way round."""
+    real, fake = torch.tensor([[1.0, 3.0], [0.0, 1.0]], dtype=torch.float64)
+    pair = losses.get("relativistic_average")
+
+    def asked(upper, lower):  # −log s(r − E q) − log(1 − s(q − E r))
+        means = lower.mean(), upper.mean()
+        return -(upper - means[0]).sigmoid().log() - (1 - (lower - means[1]).sigmoid()).log()
+
+    torch.testing.assert_close(pair.critic(real, fake), asked(real, fake))
+    torch.testing.assert_close(pair.generator(real, fake), asked(fake, real))
+
+
+def test_the_critic_of_mmd_wants_what_the_generator_does_not():
+    real, fake = torch.randn(2, 20, 2, generator=torch.Generator().manual_seed(0))
+    pair = losses.get("mmd")
+    torch.testing.assert_close(pair.critic(real, fake + 1), -pair.generator(real, fake + 1))
+
+
 def test_mmd_leaves_out_what_is_compared_with_itself():
     """The mean over pairs i ≠ j, written out for three samples a side."""
     real, fake = [0.0, 0.5, 2.0], [1.0, -1.0, 0.3]

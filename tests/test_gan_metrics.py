@@ -47,6 +47,10 @@ def test_the_bandwidth_is_the_median_of_the_distances():
     rare = torch.zeros(40, 2)
     rare[:4] = torch.tensor([0.0, 3.0])
     assert kernels.median_bandwidth(rare, rare[:0]) == 3.0  # of the pairs that differ
+    gaps = x.index_fill(0, torch.tensor([4]), math.nan)
+    assert kernels.median_bandwidth(gaps, y) == pytest.approx(float(wanted), rel=0.1)
+    with pytest.raises(InputError, match="no two points are a finite distance apart"):
+        kernels.median_bandwidth(gaps * math.nan, y[:0])
 
 
 @pytest.mark.parametrize("sizes", [(50, 50), (31, 70), (1, 9)])
@@ -83,6 +87,12 @@ def test_modes_need_their_share():
     assert metrics.mode_coverage(lucky, ring, 0.02, least=0.0).modes == 8
     halves = metrics.mode_coverage((ring + ring.roll(1, 0)) / 2, ring, 0.02)
     assert (halves.modes, halves.high_quality) == (0, 0.0)
+
+
+def test_a_mode_ends_at_three_standard_deviations_and_needs_a_sample():
+    centres = torch.tensor([[0.0, 0.0], [9.0, 0.0]])
+    found = metrics.mode_coverage(torch.tensor([[0.29, 0.0], [8.69, 0.0]]), centres, 0.1, least=0.0)
+    assert (found.modes, found.high_quality) == (1, 0.5)
 
 
 def test_precision_and_recall_tell_invention_from_omission():
@@ -127,6 +137,15 @@ def lorenz(points, every=20, step=0.01):
 
 def test_the_correlation_dimension_of_the_lorenz_attractor():
     assert metrics.correlation_dimension(lorenz(4000), window=5) == pytest.approx(2.05, abs=0.03)
+
+
+def test_pairs_that_are_close_in_time_are_left_out():
+    """Each point of a circle eight times over, one after the other: clusters, of dimension 0."""
+    angles = 2 * math.pi * torch.rand(500, generator=torch.Generator().manual_seed(0))
+    points = torch.stack([angles.cos(), angles.sin()], 1).double().repeat_interleave(8, 0)
+    points += 1e-9 * normal(4000, 2)
+    assert metrics.correlation_dimension(points, window=7) == pytest.approx(1.0, abs=0.1)
+    assert metrics.correlation_dimension(points) < 0.5
 
 
 @pytest.mark.parametrize("dimension", [1, 2])

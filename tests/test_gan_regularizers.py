@@ -2,15 +2,23 @@
 
 import doctest
 import math
+import pickle
 
 import pytest
 import torch
+from gans import fitted, networks
 from torch import nn
 
 from robustlearn.errors import InputError
-from robustlearn.gan import regularizers
+from robustlearn.gan import losses, regularizers
 from robustlearn.gan.mixtures import perceptron
-from robustlearn.gan.regularizers import PENALTIES, MinibatchDiscrimination, packed, spectral
+from robustlearn.gan.regularizers import (
+    PENALTIES,
+    MinibatchDiscrimination,
+    clipped,
+    packed,
+    spectral,
+)
 
 KEYS = torch.arange(64)
 
@@ -74,6 +82,21 @@ def test_dragan_stays_near_real_samples():
     assert 0.3 < float(moved.max()) < 0.5
 
 
+def test_dragan_moves_by_the_deviation_over_all_features_and_asks_for_slope_one():
+    """u·c·std(x)·v of independent u and v has the mean c·std(x)/4 in every feature."""
+    real = torch.tensor([0.0, 1.0, 5.0]) * torch.randn(4000, 3, generator=torch.Generator())
+    seen = []
+
+    def flat(x):
+        seen.append(x.detach())
+        return 0.5 * x[:, 0]
+
+    (penalty,) = regularizers.penalties("dragan:weight=4:spread=1")
+    assert penalty(flat, real, real, torch.arange(4000)).tolist() == pytest.approx([1.0] * 4000)
+    moved = (seen[0] - real).mean(0) / real.std()
+    assert moved.tolist() == pytest.approx([0.25] * 3, rel=0.05)
+
+
 def test_penalties_have_the_derivative_of_finite_differences():
     real, fake = clouds()
     weight = torch.tensor([0.3, -0.7], dtype=torch.float64, requires_grad=True)
@@ -109,12 +132,43 @@ def test_spectral_normalisation_is_that_of_the_svd():
     assert float(slopes.max()) <= 1.001
 
 
+def test_clipped_weights_are_held_and_can_leave_the_edge():
+    """The critic of 0 against 5 runs to the edge −c, and back to c when they swap."""
+    torch.manual_seed(0)
+    critic = clipped(nn.Linear(1, 1), 0.1)
+    optimizer = torch.optim.SGD(critic.parameters(), 0.02)
+    slopes = []
+    for real, fake in [(0.0, 5.0)] * 5 + [(5.0, 0.0)] * 5:
+        optimizer.zero_grad()
+        r, q = (critic(torch.full((4, 1), at))[:, 0] for at in (real, fake))
+        slopes.append(float(critic.weight.detach()))
+        losses.get("wasserstein").critic(r, q).mean().backward()
+        optimizer.step()
+    critic(torch.zeros(1, 1))
+    assert slopes[4] == pytest.approx(-0.1)
+    assert float(critic.weight.detach()) == pytest.approx(0.1)
+    assert max(abs(slope) for slope in slopes[1:]) <= 0.1 + 1e-6
+
+
+def test_a_wasserstein_critic_that_is_clipped_is_played_and_kept():
+    critic = clipped(perceptron(2, 1, width=8), 0.05)
+    result = fitted(networks()[0], critic, loss="wasserstein", penalty="", unroll=1, lr=1e-2)
+    assert math.isfinite(result.figures["sliced_wasserstein"])
+    again = pickle.loads(pickle.dumps(result.critic))
+    again(torch.zeros(1, 2))
+    assert max(float(w.detach().abs().max()) for w in again.parameters()) <= 0.05 + 1e-6
+
+
 def test_minibatch_discrimination_counts_who_is_close():
     layer, close = MinibatchDiscrimination(1, tables=1, width=1), math.exp(-2)
     with torch.no_grad():
         layer.weight.fill_(2.0)
     found = layer(torch.tensor([[0.0], [1.0], [1.0]]))
     assert found[:, 1].tolist() == pytest.approx([2 * close, 1 + close, 1 + close])
+    table = MinibatchDiscrimination(1, tables=1, width=2)  # the distance is that of ‖·‖₁
+    with torch.no_grad():
+        table.weight.fill_(1.0)
+    assert table(torch.tensor([[0.0], [1.0]]))[:, 1].tolist() == pytest.approx([close, close])
 
 
 def test_packs_are_of_neighbours():
@@ -134,6 +188,7 @@ def test_what_cannot_be_is_refused():
         (lambda: regularizers.penalties("r1:weight=abc"), "weight must be a number"),
         (lambda: regularizers.penalties("dragan:weight=-1"), "weight must be a number"),
         (lambda: spectral(nn.ReLU()), "no linear"),
+        (lambda: clipped(nn.Linear(1, 1), 0.0), "positive bound"),
         (lambda: spectral(perceptron(2, 1, zero=True)), "starts at 0"),
         (lambda: packed(torch.zeros(3, 1), 4), "1 to 3"),
     ):

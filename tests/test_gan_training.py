@@ -165,6 +165,27 @@ def test_divergence_is_told(far):
 
 
 @pytest.mark.parametrize(
+    ("figures", "troubles"),
+    [
+        ({}, []),
+        ({"accuracy": 0.99, "pull": 0.02}, []),  # a sure critic whose generator still moves
+        ({"pull": 1e-3}, []),  # a generator that moves little because it deceives
+        ({"accuracy": 0.96, "pull": 0.009}, ["vanishing"]),
+        ({"precision": 0.9, "recall": 0.5}, []),
+        ({"precision": 0.9, "recall": 0.4}, ["collapse"]),
+        ({"sliced_wasserstein": 1.9}, []),
+        ({"sliced_wasserstein": 2.1}, ["divergence"]),
+        ({"scores": 2e4}, ["divergence"]),
+    ],
+)
+def test_what_counts_as_trouble(figures, troubles):
+    watch, _ = watching(networks()[1])
+    watch.first = 1.0
+    fine = {"accuracy": 0.6, "pull": 0.4, "precision": 0.8, "recall": 0.7, "scores": 3.0}
+    assert watch.troubles({**fine, "sliced_wasserstein": 0.1, **figures}) == troubles
+
+
+@pytest.mark.parametrize(
     ("data", "unknown"),
     [
         ((torch.arange(128).reshape(64, 2) % 11 == 0).float(), set()),

@@ -126,6 +126,15 @@ def test_an_unrolled_critic_bends_the_generators_gradient():
     assert way[0].tolist() == pytest.approx([1 + eta * (y - 2 * k * eta), y])
 
 
+def test_an_unrolled_critic_pays_its_penalties():
+    """With R1 it descends xy + γy²/2: y' = y − η(x + γy), after its own step of the same."""
+    eta, gamma = 0.1, 3.0
+    way = duel("wasserstein", lr=eta, steps=1, unroll=1, penalty=f"r1:weight={gamma}")
+    y = 1 - eta * (1 + gamma)
+    ahead = y - eta * (1 + gamma * y)
+    assert way[0].tolist() == pytest.approx([1 + eta * (ahead - eta), y])
+
+
 def test_unrolling_stops_the_circles():
     plain = duel("wasserstein", lr=0.1, steps=120)
     ahead = duel("wasserstein", lr=0.1, steps=120, unroll=5)

@@ -24,7 +24,7 @@ from robustlearn.registry import COUNT, NATURAL, NOT_NEGATIVE, POSITIVE, Range
 KINDS = ("fused", "feature", "logit")
 LIMIT = 3.0  # standard deviations at which the critics' voice is cut: far away they know nothing
 COPIES = 0.1  # share of training rows that repeat at which distances are no longer local
-FIXED = ("critics", "width", "generator", "max_rows")  # of what a stream has begun with
+FIXED = ("critics", "width", "generator", "max_rows", "calibration")  # in a stream
 NUMBERS = {
     "critics": NATURAL,
     "width": COUNT,
@@ -63,7 +63,7 @@ class HardNegativeDetector(Detector):
         critics' last hidden layer; or ``"logit"``, the critics alone.
     ranks : use the geometry of ranks beside that of ranges.
     local : measure distances in units of the spacing of normal rows where they lie.
-    critics : how many; 0 for none.
+    critics : how many; 0 for none, and a single one with rows held out only (``calibration``).
     logit_weight : w, the critics' weight in the fused score.
     width, steps, batch_size, learning_rate : of the critics and their training.
     loss : critic's loss, by its name in ``robustlearn.gan.LOSSES``; one that reads scores.
@@ -71,7 +71,7 @@ class HardNegativeDetector(Detector):
     generator : also train a network to place negatives at the critics' boundary, spread out, and
         take a quarter of the negatives from it. It did not help on average.
     contamination : ``"auto"`` places the threshold so that new normal rows are flagged at the rate
-        ``false_alarm``; a number in (0, 0.5] so that this share of the training rows is.
+        ``false_alarm``; a number in (0, 0.5] so that this share of the training rows kept is.
     false_alarm : rate of flagged normal rows under ``contamination="auto"``.
     calibration : ``"bagged"`` takes the scores that training rows get without themselves, and from
         critics that did not see them: the rate of false alarms is then approximate, and of few
@@ -173,9 +173,9 @@ class HardNegativeDetector(Detector):
         Raises
         ------
         InputError as for `fit`; for another number of features; for ``critics``, ``width``,
-        ``generator`` or ``max_rows`` that were changed since the first batch; and for a
-        ``calibration`` other than ``"bagged"``: critics that train on have seen the rows that
-        were held out before.
+        ``generator``, ``max_rows`` or ``calibration`` that were changed since the first batch; and
+        for a ``calibration`` other than ``"bagged"``: critics that train on have seen the rows
+        that were held out before.
         """
         self._check_options()
         if self.calibration != BAGGED:
@@ -199,7 +199,7 @@ class HardNegativeDetector(Detector):
         if not hasattr(self, "stream_"):
             self.stream_, self._begun = Stream(int(self.max_rows), self._seed()), self._fixed()
         self._new = self.stream_.add(rows)
-        self._settle(rows, self.stream_.rows, self.stream_.generator)
+        self._settle(self.stream_.rows, self.stream_.generator)
         return self
 
     def _fixed(self) -> dict[str, Any]:
@@ -304,6 +304,11 @@ class HardNegativeDetector(Detector):
                 raise InputError(f"{name} must be True or False; got {getattr(self, name)!r}")
         if not self.critics and self.kind != "fused":
             raise InputError(f"kind={self.kind!r} is that of critics, and critics=0: give some")
+        if self.critics == 1 and self.calibration == BAGGED:
+            raise InputError(
+                f"one critic sees all rows, and calibration={BAGGED!r} asks those that did not see "
+                "a row: give critics=2 or more, or calibration=0.2, which holds rows out"
+            )
         pair = adversarial.get(self.loss)
         if pair.critic_on != "scores":
             raise InputError(

@@ -21,7 +21,7 @@ EXACT = "donot_use_mm_for_euclid_dist"  # products of matrices lose the digits o
 SLACK = 1e-9  # of a distance, for rounding
 EPSILON = 2.0**-52  # scikit-learn multiplies in float64, also what comes in float32
 LEAST = 1e-140  # a spread whose square is still a number
-BLOCK = 256  # rows whose distances to all others are held at once
+BLOCK = 256  # rows whose differences to others are held at once
 FLOOR = 1e-2  # of the median distance: below it two rows count as equal
 
 
@@ -107,7 +107,13 @@ class Reference:
 
     def _apart(self, x: Tensor, rows: Tensor) -> Tensor:
         """Return the distances of x (n, d) to the rows (n, k) of each."""
-        return torch.linalg.vector_norm(x[:, None] - self.points[rows], self.p, dim=2)
+        pairs = zip(x.split(BLOCK), rows.split(BLOCK), strict=True)
+        return torch.cat(
+            [
+                torch.linalg.vector_norm(some[:, None] - self.points[near], self.p, dim=2)
+                for some, near in pairs
+            ]
+        )
 
 
 class Density:

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from robustlearn.threats import LpBall
 
 KNOTS = 200  # quantiles that a map by ranks keeps
 WIDEST = 10.0  # a range counts up to this many times the spread of the central 98%
 END = 4.0  # normal score of the least and the largest value
+FARTHEST = 1e300  # a row beyond it is as far as it: infinity has no neighbours
 
 Map = Callable[[Tensor], Tensor]
 
@@ -25,7 +27,7 @@ class Affine:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map rows (n, d)."""
-        return (x - self.shift) / self.divisor
+        return ((x - self.shift) / self.divisor).clamp(-FARTHEST, FARTHEST)
 
 
 def plain(x: Tensor) -> Affine:
@@ -80,8 +82,9 @@ def by_rank(x: Tensor) -> ByRank:
     shares = torch.linspace(0, 1, min(KNOTS, max(2, len(x))), dtype=x.dtype, device=x.device)
     knots = quantiles(x, shares).T.contiguous()
     scores = (math.sqrt(2) * torch.erfinv(2 * shares - 1)).clamp(-END, END)
-    same = (knots[:, :, None] == knots[:, None, :]).to(x.dtype)  # equal knots share their mean
-    levels = (same @ scores) / same.sum(2)
+    first, last = (torch.searchsorted(knots, knots, right=side) for side in (False, True))
+    sums = functional.pad(scores.cumsum(0), (1, 0))
+    levels = (sums[last] - sums[first]) / (last - first)  # equal knots share their mean
     levels[knots == knots[:, :1]] = -END
     levels[(knots == knots[:, -1:]) & (knots > knots[:, :1])] = END
     spread = by_range(x)

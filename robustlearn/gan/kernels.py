@@ -39,13 +39,15 @@ def median_bandwidth(x: Tensor, y: Tensor) -> float:
 
     Raises
     ------
-    InputError if all points are equal.
+    InputError if all points are equal, or none are a finite distance apart.
     """
     points = torch.cat([x, y]).detach()
     points = points[:: max(1, -(-len(points) // 2000))]
     apart = torch.pdist(points)  # by differences: equal points are at 0
+    apart = apart[apart.isfinite()]
     distinct = apart[apart > 0]
     if not len(distinct):
-        raise InputError("all points coincide: there is no distance to go by; give sigma=1.0")
+        why = "all points coincide" if len(apart) else "no two points are a finite distance apart"
+        raise InputError(f"{why}: there is no distance to go by; mend the data, or give sigma=1.0")
     middle = float(apart.median())
     return middle if middle > 0 else float(distinct.median())

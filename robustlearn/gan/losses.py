@@ -196,8 +196,8 @@ def least_squares(a: float = -1.0, b: float = 1.0, c: float = 0.0) -> Pair:
 def wasserstein() -> Pair:
     """Critic q − r, generator −q: −W₁(p, q) at the best critic with Lipschitz constant 1.
 
-    The loss knows no bound: clip the weights, or add a gradient penalty. Source: Arjovsky et al.
-    (2017).
+    The loss knows no bound: clip the weights (`regularizers.clipped`), or add a gradient penalty.
+    Source: Arjovsky et al. (2017).
     """
     return Pair(lambda real, fake: fake - real, lambda real, fake: -fake)
 

@@ -5,7 +5,9 @@ critic's loss; norms are those of each sample's own gradient, never of a batch. 
 (n, *shape) to scores (n,).
 """
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -159,6 +161,36 @@ def spectral(module: nn.Module) -> nn.Module:
     for layer in found:
         parametrizations.spectral_norm(layer)
     return module
+
+
+def clipped(module: nn.Module, bound: float = 0.01) -> nn.Module:
+    """Cut all weights to [−c, c] before each call: for the Wasserstein loss, which knows no bound.
+
+    The network is Lipschitz then, with a constant that c and its depth decide. Gradients are those
+    of the weights that were cut, so that a weight can leave the edge again. In place. Source:
+    Arjovsky et al. (2017).
+
+    Raises
+    ------
+    InputError unless the bound is positive.
+
+    Examples
+    --------
+    >>> layer = clipped(nn.Linear(1, 1, bias=False), 0.5)
+    >>> with torch.no_grad():
+    ...     _ = layer.weight.fill_(-3.0)
+    >>> layer(torch.ones(1, 1)).item()
+    -0.5
+    """
+    if not bound > 0:
+        raise InputError(f"weights are cut at a positive bound; got {bound}")
+    module.register_forward_pre_hook(functools.partial(_cut, bound=bound))
+    return module
+
+
+def _cut(module: nn.Module, given: tuple[Any, ...], *, bound: float) -> None:
+    for parameter in module.parameters():
+        parameter.data.clamp_(-bound, bound)  # data: a second call must not void the first's graph
 
 
 class MinibatchDiscrimination(nn.Module):

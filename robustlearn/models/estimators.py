@@ -173,7 +173,7 @@ def as_trained(estimator: Any, rows: np.ndarray) -> Any:
 
 def detects(source: Any) -> bool:
     """Tell whether a wrapped object is a detector of anomalies as scikit-learn knows them."""
-    return hasattr(source, "fit_predict") and _estimator_type(source) == "outlier_detector"
+    return hasattr(source, "fit") and _estimator_type(source) == "outlier_detector"
 
 
 def _estimator_type(estimator: Any) -> str | None:
