@@ -214,7 +214,11 @@ def test_gradients_of_both_players_are_in_the_rows():
     ("options", "said"),
     [
         ({"order": "random"}, "order is one of"),
-        ({"critic_steps": 0}, "at least 1"),
+        ({"critic_steps": 0}, "critic_steps must be a whole number"),
+        ({"noise": 2.5}, "noise must be a whole number"),
+        ({"noise": "2"}, "noise must be a whole number"),
+        ({"auxiliary": -1.0}, "auxiliary must be"),
+        ({"anneal": 0.5}, "anneal must be"),
         ({"critic_steps": 2, "order": "simultaneous"}, "only where players alternate"),
         ({"packing": 2, "loss": "began"}, "packing=1"),
         ({"keep": "first"}, "keep is one of"),

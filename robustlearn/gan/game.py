@@ -1,5 +1,6 @@
 """A critic that tells real from generated, and a generator that deceives it: a game of the loop."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -13,8 +14,17 @@ from robustlearn.errors import InputError
 from robustlearn.gan.losses import Pair
 from robustlearn.gan.regularizers import Penalty, packed
 from robustlearn.gan.updates import frozen, looking_ahead, unrolled
+from robustlearn.registry import COUNT, NATURAL, NOT_NEGATIVE, Range, check_options
 
 ORDERS = ("alternating", "simultaneous", "extragradient")
+RANGES = {
+    "noise": COUNT,
+    "critic_steps": COUNT,
+    "packing": COUNT,
+    "unroll": NATURAL,
+    "auxiliary": NOT_NEGATIVE,
+    "anneal": Range(1, math.inf, "[)"),
+}
 ANNEALED = 0.8  # share of training after which penalties have their own weights
 CRITIC_NOISE, GENERATOR_NOISE, PENALTY_NOISE = range(3)  # purposes of a sample's random key
 Critic = Callable[..., Any]
@@ -111,11 +121,7 @@ class GanGame:
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
             raise InputError(f"an order is one of {', '.join(ORDERS)}; got {self.order!r}")
-        if min(self.noise, self.critic_steps, self.packing) < 1 or self.unroll < 0:
-            raise InputError(
-                "noise, critic_steps and packing are at least 1 and unroll at least 0; got "
-                f"{self.noise}, {self.critic_steps}, {self.packing} and {self.unroll}"
-            )
+        check_options("a GAN", {name: getattr(self, name) for name in RANGES}, RANGES)
         if self.critic_steps > 1 and self.order != "alternating":
             raise InputError("only where players alternate can the critic take more steps")
         if self.packing > 1 and (self.conditional or self.auxiliary or self._on_errors):

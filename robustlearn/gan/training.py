@@ -148,9 +148,7 @@ def fit_gan(
     """
     _check(optimizer, keep, critic_steps, order, options)
     check_options(
-        "fit_gan",
-        {"compare": compare, "anneal": anneal},
-        {"compare": Range(4, math.inf, "[)", whole=True), "anneal": Range(1, math.inf, "[)")},
+        "fit_gan", {"compare": compare}, {"compare": Range(4, math.inf, "[)", whole=True)}
     )
     weight = next(generator.parameters())
     samples = _samples(data, weight.dtype)
