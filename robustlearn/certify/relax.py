@@ -69,8 +69,8 @@ class Region:
         slope is (r, 1, *shape), offset (r,); a region of one sample is that of all rows. −∞ for
         coefficients that are no numbers.
         """
-        least = self._least(slope, offset)
-        return torch.where(least.isfinite() & flat(slope).isfinite().all(1), least, -torch.inf)
+        least = self._least(slope, offset)  # a coefficient that is no number makes it none: 0·∞
+        return torch.where(least.isfinite(), least, -torch.inf)
 
     def _least(self, slope: Tensor, offset: Tensor) -> Tensor:
         if self.is_box:
@@ -200,7 +200,7 @@ def backward(
     def through(segment: int, row: Tensor) -> None:
         nonlocal offset
         affine = network.segments[segment]
-        offset = offset + (row * affine.offset).flatten(1).sum(1)
+        offset = offset + row.flatten(1) @ affine.offset.flatten()
         for source, part in zip(affine.sources, affine.pull(row), strict=True):
             known = coefficients.get(source)
             coefficients[source] = part if known is None else known + part
@@ -218,6 +218,6 @@ def backward(
         if line.below is not None:
             cost = cost + positive * line.below
         offset = offset + cost.flatten(1).sum(1)
-        g = positive * line.under + negative * line.over
+        g = torch.addcmul(positive * line.under, negative, line.over)
         through(i, g if shifts is None or i not in shifts else g - shifts[i])
     return coefficients[0], offset
