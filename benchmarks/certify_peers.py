@@ -7,7 +7,10 @@ in the same ℓ∞ box, in one process, with one thread. The methods are made th
 - ``crown_ibp``: intervals before each ReLU, one backward pass from the margins;
 - ``crown``: backward passes from each ReLU whose sign intervals leave open, and from the margins;
 - ``alpha_crown``: as before, and as many steps of ascent in the slopes of the margins alone, each
-  with the learning rate of its own defaults, Adam in both.
+  with the learning rate of its own defaults, Adam in both (auto_LiRPA is given the intervals of its
+  own CROWN, which it otherwise bounds anew in each step);
+- ``alpha_all``: the slopes of what is before the margins too: here those of each neuron for its own
+  bounds, in half as many steps, there all of them together for the margins.
 
 Lower slopes begin at 1 where u > −l, else at 0, which is ``adaptive`` there. robustlearn takes the
 tighter of a backward pass and of intervals that start at the bounds known so far. Table 1 asks
@@ -49,13 +52,19 @@ from robustlearn.models.graph import Network
 from robustlearn.models.trace import trace
 
 PEER = "auto_LiRPA"
-METHODS = {"ibp": "IBP", "crown_ibp": "CROWN-IBP", "crown": "CROWN", "alpha_crown": "alpha-CROWN"}
+METHODS = {
+    "ibp": "IBP",
+    "crown_ibp": "CROWN-IBP",
+    "crown": "CROWN",
+    "alpha_crown": "alpha-CROWN",
+    "alpha_all": "alpha-CROWN",
+}
 STEPS = 20  # of ascent, in both
 TRAINING, EPOCHS = 1500, 5
 DTYPES = (torch.float32, torch.float64)
 TOOLS = ("robustlearn", PEER)
 DEFAULTS = {"robustlearn": "float64", PEER: "float32"}
-TURNS, REPEATS = 5, {"ibp": 10, "crown_ibp": 3}  # of the full form; in a turn, where it is short
+TURNS, REPEATS = 3, {"ibp": 10, "crown_ibp": 3}  # of the full form; in a turn, where it is short
 Rows = Iterator[dict[str, Any]]
 
 
@@ -93,23 +102,34 @@ def convolutional() -> nn.Module:
     )
 
 
-NETWORKS = {  # how it is made, the size of its images, ε, whether it belongs to the quick form
-    "mlp 3 × 100": (lambda: perceptron(3, 100), 8, 0.03, True),
-    "mlp 6 × 200": (lambda: perceptron(6, 200), 8, 0.01, False),
-    "cnn": (convolutional, 28, 0.02, False),
-    "residual": (lambda: Residual(4), 8, 0.02, True),
+@dataclass(frozen=True)
+class Kind:
+    """How a network is made, the size of its images, ε, how many; and whether it is a small one."""
+
+    make: Callable[[], nn.Module]
+    size: int
+    eps: float
+    n: int
+    small: bool = False
+
+
+NETWORKS = {
+    "mlp 3 × 100": Kind(lambda: perceptron(3, 100), 8, 0.05, 16, small=True),
+    "mlp 6 × 200": Kind(lambda: perceptron(6, 200), 8, 0.01, 8),
+    "cnn": Kind(convolutional, 28, 0.02, 4),
+    "residual": Kind(lambda: Residual(4), 8, 0.04, 16, small=True),
 }
 
 
 def trained(name: str, seed: int) -> tuple[nn.Module, Tensor]:
     """Return a network trained on digits in the ordinary way, and the digits it has not seen."""
-    make, size, _, _ = NETWORKS[name]
+    size = NETWORKS[name].size
     digits = data.load("digits")
     images = torch.as_tensor(digits.x).float()
     images = functional.interpolate(images, (size, size), mode="bilinear")
     x, y = images[:TRAINING], torch.as_tensor(digits.y[:TRAINING])
     torch.manual_seed(seed)
-    net = make()
+    net = NETWORKS[name].make()
     optimizer = torch.optim.Adam(net.parameters(), 2e-3)
     for _ in range(EPOCHS):
         for part in torch.randperm(len(x)).split(64):
@@ -137,14 +157,19 @@ class Task:
 
 
 def tasks(full: bool, seed: int) -> Iterator[Task]:
-    for name, (_, _, eps, brief) in NETWORKS.items():
-        if not (full or brief):
+    for name, kind in NETWORKS.items():
+        if not (full or kind.small):
             continue
         net, x = trained(name, seed)
         for dtype in DTYPES:
-            of, points = copy.deepcopy(net).to(dtype), x[: 16 if full else 3].to(dtype)
+            of, points = copy.deepcopy(net).to(dtype), x[: kind.n if full else 3].to(dtype)
             margins = margin_rows(of(points).argmax(1), 10).to(dtype)
-            yield Task(name, of, points, eps, margins)
+            yield Task(name, of, points, kind.eps, margins)
+
+
+def methods(task: Task) -> list[str]:
+    """Return the methods; where it takes long, not the last."""
+    return list(METHODS)[: None if NETWORKS[task.name].small else -1]
 
 
 # The two tools: what is made ready, and from that the bounds by a method.
@@ -157,14 +182,17 @@ def recorded(task: Task) -> Network:
 def ours(task: Task, network: Network, method: str) -> Tensor:
     region = Region(task.x, rl.LpBall(math.inf, task.eps, lower=0.0, upper=1.0))
     with torch.no_grad():
-        deep = method in ("crown", "alpha_crown")
-        spans = (crown_bounds if deep else interval_bounds)(network, region)
+        if "ibp" in method:
+            spans = interval_bounds(network, region)
+        else:
+            steps = STEPS // 2 if method == "alpha_all" else 0
+            spans = crown_bounds(network, region, steps=steps)
         if method == "ibp":
             return spans[network.output][0].flatten(1)
         n, rivals, _ = task.margins.shape
         owner = torch.arange(n).repeat_interleave(rivals)
         rows = task.margins.flatten(0, 1)[:, None]
-        steps = STEPS if method == "alpha_crown" else 0
+        steps = STEPS if method.startswith("alpha") else 0
         least = row_bounds(network, region, network.output, rows, owner, spans, steps=steps)
         return least.reshape(n, rivals)
 
@@ -186,12 +214,20 @@ def theirs(task: Task, module: Any, method: str) -> Tensor:
 
     low, high = ((task.x + side).clamp(0, 1) for side in (-task.eps, task.eps))
     points = BoundedTensor(task.x, PerturbationLpNorm(norm=math.inf, x_L=low, x_U=high))
-    outputs = method == "ibp"
-    with _default(task.x.dtype), torch.set_grad_enabled(method == "alpha_crown"):
-        return module.compute_bounds(
-            x=(points,), method=METHODS[method], C=None if outputs else task.margins,
-            bound_upper=outputs,
-        )[0].detach()  # fmt: skip
+    outputs, slopes = method == "ibp", method.startswith("alpha")
+    margins = None if outputs else task.margins
+    fixed = None
+    with _default(task.x.dtype):
+        if method == "alpha_crown":
+            with torch.no_grad():
+                module.compute_bounds(x=(points,), method="CROWN", C=margins, bound_upper=False)
+            entering = [node.inputs[0] for node in module.relus]
+            fixed = {node.name: (node.lower, node.upper) for node in entering}
+        with torch.set_grad_enabled(slopes):
+            return module.compute_bounds(
+                x=(points,), method=METHODS[method], C=margins, bound_upper=outputs,
+                interm_bounds=fixed,
+            )[0].detach()  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -222,7 +258,7 @@ def bounds(full: bool, seed: int) -> Rows:
     for task in tasks(full, seed):
         network = recorded(task)
         module = wrapped(task, intersected=True) if beside else None
-        for method in METHODS:
+        for method in methods(task):
             mine = ours(task, network, method)
             row = {**task.facts, "method": method, "ours": float(mine.mean())}
             if beside:
@@ -246,7 +282,7 @@ def times(full: bool, seed: int) -> Rows:
             module, mode = fastest(task)
             ready[PEER], bound[PEER] = partial(wrapped, task, mode), partial(theirs, task, module)
         for turn in range(TURNS if full else 1):
-            for method in ("ready", *METHODS):
+            for method in ("ready", *methods(task)):
                 for tool in bound:
                     work = ready[tool] if method == "ready" else partial(bound[tool], method)
                     spent = seconds(work, REPEATS.get(method, 1))
@@ -261,7 +297,7 @@ def fastest(task: Task) -> tuple[Any, str]:
     found = []
     for mode in ("patches", "matrix"):
         module = wrapped(task, mode)
-        theirs(task, module, "alpha_crown")  # warms up
+        theirs(task, module, "crown")  # warms up
         found.append((seconds(partial(theirs, task, module, "crown"), 2), mode, module))
     _, mode, module = min(found, key=lambda one: one[0])
     return module, mode

@@ -11,7 +11,7 @@ from torch import Tensor
 from robustlearn.certify.relax import Region, Span, Span_of, backward, lines
 from robustlearn.models.graph import Network
 
-WORK = 2**19  # numbers in a working array: some of them fit into a cache
+WORK = 2**18  # numbers in a working array: some of them fit into a cache
 ALONE = 8  # samples that would fill one: from there each is looked at by itself
 STEPS, RATE = 20, 0.25  # of the ascent in the slopes; they live in [0, 1]
 
@@ -145,7 +145,7 @@ def row_bounds(
     spans : of the target, which hold the result too, and of the activations before.
     """
     negative = rows.clamp(max=0)
-    low, high = (side[owner] for side in spans[target])
+    low, high = (side.index_select(0, owner) for side in spans[target])
     floor = ((rows - negative) * low + negative * high).flatten(1).sum(1)
     floor = torch.where(floor.isfinite(), floor, -torch.inf)  # 0·∞ where a span is not known
     found = _pulled(network, region, target, rows, owner, spans, steps, deadline)

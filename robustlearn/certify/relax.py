@@ -34,8 +34,11 @@ class Lines:
 
     def rows(self, owner: Tensor) -> "Lines":
         """Return the lines of some samples, one a row."""
-        below = None if self.below is None else self.below[owner]
-        return Lines(self.under[owner], self.over[owner], self.above[owner], below)
+        under, over, above = (
+            line.index_select(0, owner) for line in (self.under, self.over, self.above)
+        )
+        below = None if self.below is None else self.below.index_select(0, owner)
+        return Lines(under, over, above, below)
 
 
 class Region:
@@ -60,8 +63,8 @@ class Region:
 
     def select(self, owner: Tensor) -> "Region":
         """Return the region of some samples, one a row."""
-        low, high = self.box
-        return Region(self.x[owner], self.threat.select(owner), (low[owner], high[owner]))
+        x, low, high = (part.index_select(0, owner) for part in (self.x, *self.box))
+        return Region(x, self.threat.select(owner), (low, high))
 
     def least(self, slope: Tensor, offset: Tensor) -> Tensor:
         """Return min of slope·x' + offset over the region of each row, (r,).

@@ -200,7 +200,7 @@ class Network:
             )
             return _unless_overflown(low, high)
         centre = {j: (span[j][0] + span[j][1]) / 2 for j in node.parents}
-        radius = {j: (span[j][1] - span[j][0]) / 2 for j in node.parents}
+        radius = {j: span[j][1] - centre[j] for j in node.parents}
         middle = self._value(node, {**self.constants, **centre})
         reach = self._value(node, {**self.constants, **radius}, abs, _nothing)
         return _unless_overflown(middle - reach, middle + reach)
