@@ -334,6 +334,17 @@ def test_what_overflows_proves_nothing():
         assert (bounds[1] == torch.inf).all()
 
 
+def test_a_sum_that_overflows_proves_nothing():
+    """Its ends are sums of ends: the lower one would be +∞."""
+    x = torch.ones(1, 2, dtype=torch.float64)
+    factor = torch.full((2,), 1e308, dtype=torch.float64)
+    net = Of(lambda x: (x * factor).sum(1, keepdim=True))
+    network, region = trace(net, x), Region(x, rl.LpBall(math.inf, 0.05))
+    low, high = interval_bounds(network, region)[network.output]
+    assert float(low) == -math.inf
+    assert float(high) == math.inf
+
+
 def test_no_budget_gives_the_outputs_and_a_huge_one_is_sound():
     net, x = made("residual")
     with torch.no_grad():

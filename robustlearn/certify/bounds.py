@@ -11,8 +11,8 @@ from torch import Tensor
 from robustlearn.certify.relax import Region, Span, Span_of, backward, lines
 from robustlearn.models.graph import Network
 
-WORK = 2**19  # numbers in a working array: some of them fit into a cache
-ALONE = 32  # rows from which a sample is looked at by itself
+WORK = 2**18  # numbers in a working array: some of them fit into a cache
+ALONE = 8  # samples that would fill one: from there each is looked at by itself
 STEPS, RATE = 20, 0.25  # of the ascent in the slopes; they live in [0, 1]
 
 
@@ -107,7 +107,7 @@ def _refined(
         rows[1] = -rows[0]
         shaped = rows.reshape(2 * len(at), *shape[1:])
         owner = mine if len(mine) == 1 else torch.cat([mine, mine])
-        found = row_bounds(network, region, i, shaped, owner, spans, steps=steps, deadline=deadline)
+        found = _pulled(network, region, i, shaped, owner, spans, steps, deadline)
         below, above = found.chunk(2)
         low[mine, at] = torch.maximum(low[mine, at], below)
         high[mine, at] = torch.minimum(high[mine, at], -above)
@@ -117,7 +117,7 @@ def _refined(
 def _chunks(owner: Tensor, place: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Split neurons, by sample where a sample has many: its lines then serve all its rows."""
     samples, counts = owner.unique_consecutive(return_counts=True)
-    if len(owner) < ALONE * len(samples):
+    if ALONE * len(owner) < size * len(samples):
         yield from zip(owner.split(size), place.split(size), strict=True)
         return
     for sample, places in zip(samples, place.split(counts.tolist()), strict=True):
@@ -144,17 +144,28 @@ def row_bounds(
     owner : (r,) the sample of each row, or (1,) that of all.
     spans : of the target, which hold the result too, and of the activations before.
     """
-    mine = region.select(owner)
-    before = {i: (s[0][owner], s[1][owner]) for i, s in spans.items() if i < target}
     negative = rows.clamp(max=0)
-    low, high = (side[owner] for side in spans[target])
+    low, high = (side.index_select(0, owner) for side in spans[target])
     floor = ((rows - negative) * low + negative * high).flatten(1).sum(1)
     floor = torch.where(floor.isfinite(), floor, -torch.inf)  # 0·∞ where a span is not known
+    found = _pulled(network, region, target, rows, owner, spans, steps, deadline)
+    return torch.maximum(found, floor)
+
+
+def _pulled(
+    network: Network, region: Region, target: int, rows: Tensor, owner: Tensor, spans: Span_of,
+    steps: int, deadline: Deadline,
+) -> Tensor:  # fmt: skip
+    """Bound rows by what they are of the input, whatever is known of the target itself."""
+    mine = region.select(owner)
+    samples, sample = owner.unique(return_inverse=True)
+    before = {i: (s[0][samples], s[1][samples]) for i, s in spans.items() if i < target}
     if not steps:
-        found = mine.least(*backward(network, target, rows, lines(network, before)))
-        return torch.maximum(found, floor)
+        relaxed = {i: line.rows(sample) for i, line in lines(network, before).items()}
+        return mine.least(*backward(network, target, rows, relaxed))
+    before = {i: (low[sample], high[sample]) for i, (low, high) in before.items()}
     alpha = Slopes(network, before, len(rows))
-    best = floor
+    best = rows.new_full((len(rows),), -torch.inf)
     optimizer = torch.optim.Adam(list(alpha.values.values()) or [torch.zeros(1)], lr=RATE)
     for step in range(steps + 1):
         with torch.enable_grad():

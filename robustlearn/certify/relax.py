@@ -34,8 +34,11 @@ class Lines:
 
     def rows(self, owner: Tensor) -> "Lines":
         """Return the lines of some samples, one a row."""
-        below = None if self.below is None else self.below[owner]
-        return Lines(self.under[owner], self.over[owner], self.above[owner], below)
+        under, over, above = (
+            line.index_select(0, owner) for line in (self.under, self.over, self.above)
+        )
+        below = None if self.below is None else self.below.index_select(0, owner)
+        return Lines(under, over, above, below)
 
 
 class Region:
@@ -60,8 +63,8 @@ class Region:
 
     def select(self, owner: Tensor) -> "Region":
         """Return the region of some samples, one a row."""
-        low, high = self.box
-        return Region(self.x[owner], self.threat.select(owner), (low[owner], high[owner]))
+        x, low, high = (part.index_select(0, owner) for part in (self.x, *self.box))
+        return Region(x, self.threat.select(owner), (low, high))
 
     def least(self, slope: Tensor, offset: Tensor) -> Tensor:
         """Return min of slope·x' + offset over the region of each row, (r,).
@@ -69,8 +72,8 @@ class Region:
         slope is (r, 1, *shape), offset (r,); a region of one sample is that of all rows. −∞ for
         coefficients that are no numbers.
         """
-        least = self._least(slope, offset)
-        return torch.where(least.isfinite() & flat(slope).isfinite().all(1), least, -torch.inf)
+        least = self._least(slope, offset)  # a coefficient that is no number makes it none: 0·∞
+        return torch.where(least.isfinite(), least, -torch.inf)
 
     def _least(self, slope: Tensor, offset: Tensor) -> Tensor:
         if self.is_box:
@@ -200,7 +203,7 @@ def backward(
     def through(segment: int, row: Tensor) -> None:
         nonlocal offset
         affine = network.segments[segment]
-        offset = offset + (row * affine.offset).flatten(1).sum(1)
+        offset = offset + row.flatten(1) @ affine.offset.flatten()
         for source, part in zip(affine.sources, affine.pull(row), strict=True):
             known = coefficients.get(source)
             coefficients[source] = part if known is None else known + part
@@ -218,6 +221,6 @@ def backward(
         if line.below is not None:
             cost = cost + positive * line.below
         offset = offset + cost.flatten(1).sum(1)
-        g = positive * line.under + negative * line.over
+        g = torch.addcmul(positive * line.under, negative, line.over)
         through(i, g if shifts is None or i not in shifts else g - shifts[i])
     return coefficients[0], offset

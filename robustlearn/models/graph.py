@@ -193,13 +193,17 @@ class Network:
         if node.hull:
             (a, b), (c, d) = (span[j] for j in node.hull)
             return torch.maximum(a, c), torch.maximum(b, d)
+        if node.function.__name__ in MOVES:  # they keep the order of the ends
+            low, high = (
+                self._value(node, {**self.constants, **{j: span[j][side] for j in node.parents}})
+                for side in (0, 1)
+            )
+            return _unless_overflown(low, high)
         centre = {j: (span[j][0] + span[j][1]) / 2 for j in node.parents}
-        radius = {j: (span[j][1] - span[j][0]) / 2 for j in node.parents}
+        radius = {j: span[j][1] - centre[j] for j in node.parents}
         middle = self._value(node, {**self.constants, **centre})
         reach = self._value(node, {**self.constants, **radius}, abs, _nothing)
-        low, high = middle - reach, middle + reach
-        sure = low.isfinite() & high.isfinite()  # what overflows proves nothing
-        return torch.where(sure, low, -torch.inf), torch.where(sure, high, torch.inf)
+        return _unless_overflown(middle - reach, middle + reach)
 
     def _variance(self, low: Tensor, high: Tensor, unit: float) -> Tensor:
         span, entering = self._spans(low, high, {})
@@ -291,6 +295,12 @@ class Network:
     @property
     def _device(self) -> torch.device:
         return next((v.device for v in self.constants.values()), torch.device("cpu"))
+
+
+def _unless_overflown(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Replace ends that are no numbers: what overflows proves nothing."""
+    inf = math.inf
+    return low.nan_to_num(-inf, -inf, -inf), high.nan_to_num(inf, inf, inf)
 
 
 def _nothing(value: Tensor) -> Tensor:
