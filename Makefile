@@ -27,6 +27,7 @@ bench: .venv/peers
 	$(BIN)/python benchmarks/anomaly.py --full --table 3 --out benchmarks/results/anomaly_pieces.csv
 	$(BIN)/python benchmarks/anomaly.py --full --table 4 --out benchmarks/results/anomaly_growth.csv
 	$(BIN)/python benchmarks/certify.py --full --out benchmarks/results/certify.csv
+	$(BIN)/python benchmarks/certify_peers.py --full --out benchmarks/results/certify_peers.csv
 	$(BIN)/python benchmarks/certify_trees.py --full --out benchmarks/results/certify_trees.csv
 	$(BIN)/python benchmarks/certify_smoothing.py --full --out benchmarks/results/certify_smoothing.csv
 	$(BIN)/python benchmarks/gan.py --full --table 1 --out benchmarks/results/gan_ring.csv
