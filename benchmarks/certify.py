@@ -145,9 +145,12 @@ def training(eps: float, full: bool, seed: int) -> Rows:
     )  # fmt: skip
     spent, threat = since(start), rl.LpBall(math.inf, eps, **BOX)
     test, labels = images("mnist")
+    by_intervals = rl.certify(net, test, threat, y=labels, method="ibp").certified
+    left = torch.from_numpy(~by_intervals)  # CROWN proves all that intervals do
+    more = rl.certify(net, test[left], threat, y=labels[left], method="crown").certified.sum()
     proven = {
-        method: float(rl.certify(net, test, threat, y=labels, method=method).certified.mean())
-        for method in ("ibp", "crown")
+        "ibp": float(by_intervals.mean()),
+        "crown": float((by_intervals.sum() + more) / len(test)),
     }
     with torch.no_grad():
         clean = float((net(test).argmax(1) == labels).float().mean())
