@@ -26,7 +26,11 @@ bench: .venv/peers
 	$(BIN)/python benchmarks/anomaly.py --full --table 2 --out benchmarks/results/anomaly_peers.csv
 	$(BIN)/python benchmarks/anomaly.py --full --table 3 --out benchmarks/results/anomaly_pieces.csv
 	$(BIN)/python benchmarks/anomaly.py --full --table 4 --out benchmarks/results/anomaly_growth.csv
-	$(BIN)/python benchmarks/certify.py --full --out benchmarks/results/certify.csv
+	$(BIN)/python benchmarks/certify.py --full --table 1 --out benchmarks/results/certify_methods.csv
+	$(BIN)/python benchmarks/certify.py --full --table 2 --out benchmarks/results/certify_instances.csv
+	$(BIN)/python benchmarks/certify.py --full --table 3 --out benchmarks/results/certify_brackets.csv
+	$(BIN)/python benchmarks/certify.py --full --table 4 --out benchmarks/results/certify_training_0.1.csv
+	$(BIN)/python benchmarks/certify.py --full --table 5 --out benchmarks/results/certify_training_0.3.csv
 	$(BIN)/python benchmarks/certify_peers.py --full --out benchmarks/results/certify_peers.csv
 	$(BIN)/python benchmarks/certify_trees.py --full --out benchmarks/results/certify_trees.csv
 	$(BIN)/python benchmarks/certify_smoothing.py --full --out benchmarks/results/certify_smoothing.csv

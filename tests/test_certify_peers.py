@@ -1,7 +1,6 @@
 """Bounds beside those of auto_LiRPA, where it can be imported."""
 
-import importlib.util
-import sys
+import importlib
 from pathlib import Path
 
 import pytest
@@ -12,16 +11,10 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 @pytest.fixture(scope="module")
 def compared():
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        spec = importlib.util.spec_from_file_location("peers", BENCHMARKS / "certify_peers.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["peers"] = module
-        spec.loader.exec_module(module)
-        yield [row for row in module.bounds(False, 0) if row["dtype"] == "float64"]
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-        sys.modules.pop("peers", None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        peers = importlib.import_module("certify_peers")
+        return [row for row in peers.bounds(False, 0) if row["dtype"] == "float64"]
 
 
 def test_intervals_and_crown_are_the_same(compared):
